@@ -1,0 +1,396 @@
+"""Configurations → tables: text cells for people (terminal, Markdown, LaTeX) and raw numbers for CSV.
+
+A spread after "±" is always the standard deviation over seeds (ddof 1). An en dash is a number that is missing.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from peftbench.analysis.frame import (
+    COST_PATHS,
+    PANEL,
+    STATUSES,
+    configurations,
+    frame,
+    number,
+    over_tasks,
+    selected,
+    task_title,
+    task_titles,
+)
+from peftbench.analysis.statistics import summarize
+from peftbench.errors import UserError
+
+MISSING = "–"
+MEMORY_TITLES = {"cuda": "peak VRAM", "tracked_tensors": "peak memory (tracked tensors)"}
+METRIC_TITLES = {
+    "matthews_correlation": "Matthews correlation",
+    "pearson": "Pearson correlation",
+    "spearmanr": "Spearman correlation",
+    "exact_match": "exact match",
+    "f1": "F1",
+    "bleu": "BLEU",
+    "rougeL": "ROUGE-L",
+    "rouge_l": "ROUGE-L",
+}
+ONE_SEED = "A single seed has no spread: one run cannot tell methods apart."
+PAPER = (
+    "Protocol paper: the reported split also chose the step (and the learning rate), so these numbers are optimistic."
+)
+SUBSET = "Subset: computed on a part of the data set, not comparable with published numbers."
+
+
+@dataclass(frozen=True)
+class Table:
+    """`rows` hold text for people, one string a header; `raw` the same rows as plain numbers in base units.
+
+    `text_columns` leading columns are text (left aligned); the others are numbers (right aligned).
+    """
+
+    name: str
+    title: str
+    headers: list[str]
+    rows: list[list[str]]
+    raw: pd.DataFrame
+    text_columns: int = 1
+    notes: list[str] = field(default_factory=list)
+
+
+# -- cells -------------------------------------------------------------------------------------------------------------
+
+
+def human_count(value: Any) -> str:
+    """73728 → "73.7k"; below 1000 as it is."""
+    v = number(value)
+    if v is None:
+        return MISSING
+    for scale, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        # 999950 would round to "1000.0k".
+        if abs(v) >= scale * 0.99995 and abs(v) >= 1000:
+            return f"{v / scale:.1f}{suffix}"
+    return f"{v:.0f}"
+
+
+def human_bytes(value: Any) -> str:
+    """2411725 → "2.3 MiB" (powers of 1024)."""
+    v = number(value)
+    if v is None:
+        return MISSING
+    for scale, suffix in ((1024**3, "GiB"), (1024**2, "MiB"), (1024, "KiB")):
+        if v >= scale * 0.9995:
+            return f"{v / scale:.1f} {suffix}"
+    return f"{v:.0f} B"
+
+
+def human_seconds(value: Any) -> str:
+    """0.0414 → "41 ms"; three significant digits below 10 of a unit."""
+    v = number(value)
+    if v is None:
+        return MISSING
+    for scale, suffix in ((1.0, "s"), (1e-3, "ms")):
+        if v >= scale:
+            return f"{v / scale:.2f} {suffix}" if v < 9.995 * scale else f"{v / scale:.0f} {suffix}"
+    return f"{v / 1e-6:.0f} µs"
+
+
+def metric_digits(values: Sequence[Any]) -> int:
+    """Decimals that suit a metric: 3 for ratios and losses, 1 for scores out of 100."""
+    return 1 if any(abs(v) >= 10 for v in map(number, values) if v is not None) else 3
+
+
+def plus_minus(centre: Any, spread: Any, digits: int = 3, signed: bool = False) -> str:
+    """Mean and spread as "0.812 ± 0.006"; no spread where there is none; a real minus sign."""
+    c, s = number(centre), number(spread)
+    if c is None:
+        return MISSING
+    text = f"{c:+.{digits}f}" if signed else f"{c:.{digits}f}"
+    if float(text) == 0:
+        text = f"{0:.{digits}f}"
+    text = text.replace("-", "−")
+    return text if s is None else f"{text} ± {s:.{digits}f}"
+
+
+def run_counts(row: Mapping[Any, Any]) -> str:
+    """ "5" when every run completed with a score, else "3 of 5 (1 diverged, 1 out of memory)"."""
+    lost = [(int(row[status]), status.replace("_", " ")) for status in STATUSES[1:] if row[status]]
+    unscored = int(row["completed"]) - int(row["seeds"])
+    lost += [(unscored, "without a score")] if unscored else []
+    if not lost:
+        return f"{row['seeds']}"
+    return f"{row['seeds']} of {row['runs']} ({', '.join(f'{n} {what}' for n, what in lost)})"
+
+
+def metric_title(metric: Any) -> str:
+    """How a metric is written in headers and on axes."""
+    return "score" if not metric else METRIC_TITLES.get(str(metric), str(metric).replace("_", " "))
+
+
+def memory_title(kind: Any) -> str:
+    """How a peak is written: it says what was measured, and is called VRAM only where it is."""
+    return MEMORY_TITLES.get(str(kind), f"peak memory ({kind or 'kind unknown'})")
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def ranked(table: pd.DataFrame) -> list[dict[Any, Any]]:
+    """Rows by mean test score, best first, unscored last; ties by model, method and label."""
+
+    def key(row: Mapping[Any, Any]) -> tuple[Any, ...]:
+        value = number(row["test_mean"])
+        merit = math.inf if value is None else (-value if row["greater_is_better"] else value)
+        return row["model"], row["device_kind"], merit, row["method"], row["label"]
+
+    return sorted(table.to_dict("records"), key=key)
+
+
+def leaderboards(chosen: pd.DataFrame, label: str = "variant") -> list[Table]:
+    """One table a task (and protocol and data), of `configurations` or `selected` rows; best first within a model."""
+    titles = [task_title(row) for row in chosen.to_dict("records")]
+    tables = []
+    for title in sorted(set(titles)):
+        rows = ranked(chosen[[t == title for t in titles]])
+        tables.append(_leaderboard(title, rows, chosen, label))
+    return tables
+
+
+def _leaderboard(title: str, rows: list[dict[Any, Any]], chosen: pd.DataFrame, label: str) -> Table:
+    metric = metric_title(rows[0]["primary_metric"])
+    digits = metric_digits([r["test_mean"] for r in rows])
+    # Several kinds of measurement never share a column.
+    kinds = sorted({str(r["memory_kind"]) for r in rows if r["memory_kind"]})
+    columns: list[tuple[str, list[str]]] = [("method", [str(r[label]) for r in rows])]
+    for column, header in (("model", "model"), ("device_kind", "device")):
+        if chosen[column].nunique() > 1:
+            columns.append((header, [str(r[column]) for r in rows]))
+    text_columns = len(columns)
+    if label == "variant" and any(r.get("learning_rates", 1) > 1 for r in rows):
+        columns.append(
+            ("selected lr", [MISSING if (v := number(r["learning_rate"])) is None else f"{v:g}" for r in rows])
+        )
+    columns += [
+        (f"test {metric}", [plus_minus(r["test_mean"], r["test_std"], digits) for r in rows]),
+        ("seeds", [run_counts(r) for r in rows]),
+    ]
+    if any(r["is_reference"] for r in rows):
+        columns.append(("gap to full", [_gap(r, digits) for r in rows]))
+    columns += [
+        ("adapter params", [human_count(r["adapter_parameters"]) for r in rows]),
+        ("head params", [human_count(r["head_parameters"]) for r in rows]),
+        ("checkpoint", [human_bytes(r["checkpoint_bytes"]) for r in rows]),
+        ("step time p50", [human_seconds(r["step_seconds_p50"]) for r in rows]),
+        ("tokens/s", [human_count(r["tokens_per_second"]) for r in rows]),
+    ]
+    for kind in kinds or [""]:
+        cells = [human_bytes(r["memory_peak_bytes"]) if kind in ("", r["memory_kind"]) else MISSING for r in rows]
+        columns.append((memory_title(kind) if kind else "peak memory", cells))
+    return Table(
+        name=f"leaderboard-{slug(title)}",
+        title=f"{title}: test {metric}",
+        headers=[header for header, _ in columns],
+        rows=[list(cells) for cells in zip(*(cells for _, cells in columns), strict=True)],
+        raw=raw_numbers(rows),
+        text_columns=text_columns,
+        notes=_notes(rows),
+    )
+
+
+def _gap(row: Mapping[Any, Any], digits: int) -> str:
+    return "reference" if row["is_reference"] else plus_minus(row["gap_mean"], row["gap_std"], digits, signed=True)
+
+
+def _notes(rows: Sequence[Mapping[Any, Any]]) -> list[str]:
+    notes = []
+    if any(r["protocol"] == "paper" for r in rows):
+        notes.append(PAPER)
+    if any(r["data_subset"] for r in rows):
+        notes.append(SUBSET)
+    if any(not r["greater_is_better"] for r in rows):
+        notes.append("Lower is better; a positive gap is worse than full fine-tuning.")
+    if any(r["gap_paired"] is False for r in rows):
+        notes.append("Where seeds do not match those of full fine-tuning, the gap is a difference of means (unpaired).")
+    if any(r["seeds"] == 1 for r in rows):
+        notes.append(ONE_SEED)
+    return notes
+
+
+def overview(chosen: pd.DataFrame) -> Table | None:
+    """Methods × tasks of `selected` rows; the mean over tasks only in rows that have them all. None for one task."""
+    tasks = task_titles(chosen)
+    if len(tasks) < 2:
+        return None
+    averages = {_row_key(r): r for r in over_tasks(chosen).to_dict("records")}
+    digits = metric_digits(list(chosen["test_mean"]))
+    several = [(c, h) for c, h in (("model", "model"), ("device_kind", "device")) if chosen[c].nunique() > 1]
+    entries = []
+    for (model, device, variant), group in chosen.groupby(["model", "device_kind", "variant"], sort=False):
+        by_task = {task_title(r): r for r in group.to_dict("records")}
+        average = averages.get((model, device, variant))
+        named = {"variant": variant, "model": model, "device_kind": device}
+        cells = [str(variant), *(str(named[c]) for c, _ in several)]
+        for task in tasks:
+            row = by_task.get(task)
+            cells.append(plus_minus(row["test_mean"], row["test_std"], digits) if row else MISSING)
+        cells.append(plus_minus(average["test_mean"], average["test_std"], digits) if average else MISSING)
+        raw: dict[str, Any] = {"method": variant, "model": model, "device_kind": device}
+        for task in tasks:
+            row = by_task.get(task, {})
+            raw |= {f"{task} mean": row.get("test_mean"), f"{task} std": row.get("test_std")}
+            raw[f"{task} seeds"] = row.get("seeds", 0)
+        raw |= {"mean over tasks": average and average["test_mean"], "std over seeds": average and average["test_std"]}
+        merit = number(average["test_mean"]) if average else None
+        sign = -1 if average and average["greater_is_better"] else 1
+        entries.append(((model, device, merit is None, sign * (merit or 0.0), variant), cells, raw))
+    entries.sort(key=lambda entry: entry[0])
+    metrics = {task_title(r): metric_title(r["primary_metric"]) for r in chosen.to_dict("records")}
+    notes = ["Metrics: " + "; ".join(f"{task}: {metrics[task]}" for task in tasks) + "."]
+    notes.append("The mean over tasks averages these metrics and is given only where every task has a score.")
+    return Table(
+        name="overview",
+        title=f"Overview: test metric by task, and its mean over {len(tasks)} tasks",
+        headers=["method", *(header for _, header in several), *tasks, f"mean of {len(tasks)} tasks"],
+        rows=[cells for _, cells, _ in entries],
+        raw=pd.DataFrame([raw for _, _, raw in entries]),
+        text_columns=1 + len(several),
+        notes=notes + [note for note in _notes(chosen.to_dict("records")) if note != ONE_SEED],
+    )
+
+
+def _row_key(row: Mapping[Any, Any]) -> tuple[Any, ...]:
+    return row["model"], row["device_kind"], row["variant"]
+
+
+def every_metric(runs: pd.DataFrame, chosen: pd.DataFrame) -> Table | None:
+    """Every metric on every reported split, of `selected` rows; None where the primary metric is all there is."""
+    columns = [c for c in runs.columns if c.startswith("test.") or c.startswith("test_")]
+    completed = runs[runs["status"] == "completed"]
+    rows, raws = [], []
+    for row in chosen.to_dict("records"):
+        group = completed[completed["configuration"] == row["configuration"]]
+        for column in columns:
+            values = [float(v) for v in group[column].dropna()]
+            if not values:
+                continue
+            s, (split, metric) = summarize(values), column.split(".", 1)
+            cell = plus_minus(s.mean, s.std, metric_digits(values))
+            rows.append([task_title(row), row["variant"], row["model"], split, metric_title(metric), cell, str(s.n)])
+            named = {"task": row["task"], "method": row["variant"], "model": row["model"]}
+            raws.append(named | {"split": split, "metric": metric, "mean": s.mean, "std": s.std, "seeds": s.n})
+    if len(rows) == len(chosen[chosen["seeds"] > 0]):
+        return None
+    headers = ["task", "method", "model", "split", "metric", "value", "seeds"]
+    return Table("metrics", "Every metric", headers, rows, pd.DataFrame(raws), text_columns=5)
+
+
+def unfinished(runs: pd.DataFrame) -> Table | None:
+    """Every run that did not complete, with its reason; None where all completed."""
+    lost = runs[runs["status"] != "completed"]
+    if lost.empty:
+        return None
+    columns = ["status", "task", "model", "label", "seed", "error", "run_id"]
+    rows = [
+        [
+            str(r["status"]).replace("_", " "),
+            task_title(r),
+            r["model"],
+            r["label"],
+            str(r["seed"]),
+            _reason(r),
+            r["run_id"],
+        ]
+        for r in lost.to_dict("records")
+    ]
+    headers = ["status", "task", "model", "configuration", "seed", "reason", "run"]
+    return Table("unfinished", "Runs that did not complete", headers, rows, lost[columns], text_columns=7)
+
+
+def _reason(row: Mapping[Any, Any], width: int = 160) -> str:
+    error = row["error"]
+    if not isinstance(error, str) or not error.strip():
+        return "loss became non-finite" if row["status"] == "diverged" else "no reason recorded"
+    # The last line of a traceback names the error.
+    line = error.strip().splitlines()[-1].strip()
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def raw_numbers(rows: Sequence[Mapping[Any, Any]]) -> pd.DataFrame:
+    """Configuration rows without their dicts, in base units: counts, bytes, seconds, 1/s, the metric's own unit."""
+    first = ["variant", "label", "method", *PANEL, "learning_rate", "rank", "primary_metric", "greater_is_better"]
+    counted = ["runs", *STATUSES, "seeds"]
+    scores = [f"{split}_{s}" for split in ("test", "validation") for s in ("mean", "std", "low", "high")]
+    gaps = ["is_reference", "gap_mean", "gap_std", "gap_low", "gap_high", "gap_seeds", "gap_paired"]
+    return pd.DataFrame(rows, columns=[*first, *counted, *scores, *gaps, *COST_PATHS, "configuration"])
+
+
+def terminal_tables(records: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """What a sweep ends with: the leaderboard of each task, and the overview where there are several.
+
+    `Table.title`, `.headers`, `.rows`, `.text_columns` and `.notes` are all that printing needs.
+
+    Raises:
+        UserError: no record, or a record that is not one.
+    """
+    if not records:
+        raise UserError("there are no records to show: the results folder is empty; run a sweep first")
+    chosen = selected(configurations(frame(records)))
+    whole = overview(chosen)
+    return leaderboards(chosen) + ([whole] if whole else [])
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def slug(text: str) -> str:
+    """Lower-case name safe for files, references and TeX labels."""
+    kept = "".join(c if c.isalnum() or c in ".-_" else "-" for c in text.lower())
+    return "-".join(part for part in kept.split("-") if part)
+
+
+def to_csv(table: Table) -> str:
+    """Raw numbers; a missing one is an empty field."""
+    return table.raw.to_csv(index=False, lineterminator="\n")
+
+
+def to_markdown(table: Table) -> str:
+    """A pipe table; pipes in cells are escaped."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    rule = ["---" if i < table.text_columns else "---:" for i in range(len(table.headers))]
+    return "\n".join([line(table.headers), line(rule), *(line(row) for row in table.rows)]) + "\n"
+
+
+TEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$",
+    "−": r"$-$", "–": "--", "…": r"\ldots{}", "µ": r"$\mu$", "×": r"$\times$", "\n": " ",
+}  # fmt: skip
+
+
+def tex_escape(text: str) -> str:
+    """Text that LaTeX prints as it is, with ±, − and their like as mathematics."""
+    return "".join(TEX.get(c, c) for c in text)
+
+
+def to_latex(table: Table) -> str:
+    """A `tabular` with booktabs rules, for `\\input` inside a float; title and notes are comments."""
+    spec = "l" * table.text_columns + "r" * (len(table.headers) - table.text_columns)
+    body = [" & ".join(map(tex_escape, row)) + r" \\" for row in table.rows]
+    return "\n".join(
+        [
+            *(f"% {line}" for line in (table.title, *table.notes)),
+            rf"\begin{{tabular}}{{{spec}}}",
+            r"\toprule",
+            " & ".join(map(tex_escape, table.headers)) + r" \\",
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+        ]
+    )
