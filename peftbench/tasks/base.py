@@ -60,12 +60,14 @@ class Encoded:
 class Splits(dict[str, list[Row]]):
     """Split name → rows; asking for a split that the task lacks raises UserError instead of KeyError."""
 
-    def __init__(self, task: str, splits: Mapping[str, list[Row]]):
+    def __init__(self, task: str, splits: Mapping[str, list[Row]], hint: str = ""):
         super().__init__(splits)
         self.task = task
+        self.hint = hint
 
     def __missing__(self, split: str) -> list[Row]:
-        raise UserError(f"task {self.task} has no {split} split here; its splits are: {', '.join(self) or 'none'}")
+        hint = f"; {self.hint}" if self.hint else ""
+        raise UserError(f"task {self.task} has no {split} split here, only {', '.join(self) or 'none'}{hint}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +134,11 @@ class Task(ABC):
         return None
 
     @property
+    def split_hint(self) -> str:
+        """What a user can do about a split that the task lacks."""
+        return ""
+
+    @property
     def origin(self) -> str:
         """Where the rows come from, without machine-specific paths."""
         return "embedded"
@@ -147,7 +154,7 @@ class Task(ABC):
             raise UserError(f"protocol={protocol}: expected {' or '.join(PROTOCOLS)}")
         key = ("splits", repr(self), protocol, self.data_fingerprint())
         rows = _remember(key, lambda: self.load(protocol), _SPLITS, 16)
-        return Splits(self.name, {split: list(found) for split, found in rows.items()})
+        return Splits(self.name, {split: list(found) for split, found in rows.items()}, self.split_hint)
 
     def fingerprint(self) -> str:
         """Return a sha256 (hex) over the data used and the rule that splits it."""
