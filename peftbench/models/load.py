@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import io
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def _hf_config(config: ModelConfig, source: Source) -> PreTrainedConfig:
         return _from_architecture(config)
     try:
         return AutoConfig.from_pretrained(_place(config, source), **_where(source))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(
             f"model {config.name!r}: no readable config in {_place(config, source)} ({_first(error)})"
         ) from error
@@ -207,12 +208,16 @@ def _load_weights(
     options = _options(config, hf_config, auto)
     place = _place(config, source)
     try:
-        with _quiet():
+        # reading GGUF draws a progress bar that no setting turns off
+        with _quiet(), contextlib.redirect_stderr(io.StringIO()) if source.gguf_file else contextlib.nullcontext():
             model, info = auto.from_pretrained(
-                place, dtype=dtype, output_loading_info=True, **options, **_where(source)
+                place, config=hf_config, dtype=dtype, output_loading_info=True, **options, **_where(source)
             )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model {config.name!r}: loading {place} failed ({_first(error)})") from error
+    if source.gguf_file:
+        # the weights are dense by now; the mark of a quantized model would be untrue
+        model.config.__dict__.pop("quantization_config", None)
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(

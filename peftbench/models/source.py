@@ -1,5 +1,6 @@
 """Where a model's files come from, and the fingerprint of its weights. Imports no torch and runs no downloaded code."""
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -62,7 +63,7 @@ def fingerprint(config: ModelConfig) -> str:
 def tokenizer_folder(config: ModelConfig) -> Path | None:
     """A folder on this machine that may hold the tokenizer's files; looks at no network."""
     for path in (_local_folder(config), _package_folder(config), _cached_snapshot(config, "tokenizer_config.json")):
-        if path is not None and (any(path.glob("tokenizer*")) or any(path.glob("*.gguf"))):
+        if path is not None and _has_tokenizer(path):
             return path
     return None
 
@@ -171,7 +172,7 @@ def _hub(config: ModelConfig, tried: list[str]) -> Source | None:
         tried.append("no hub checkpoint is named (model.checkpoint)")
         return None
     snapshot = _cached_snapshot(config)
-    if snapshot is not None and _weight_files(snapshot):
+    if snapshot is not None and _complete(snapshot):
         return Source("hub", snapshot, None, f"hub:{config.checkpoint}@{snapshot.name}", snapshot.name)
     commit, reason = _hub_commit(config.checkpoint, config.revision)
     if commit is None:
@@ -180,6 +181,20 @@ def _hub(config: ModelConfig, tried: list[str]) -> Source | None:
     return Source("hub", None, None, f"hub:{config.checkpoint}@{commit}", commit)
 
 
+def _complete(snapshot: Path) -> bool:
+    # the cache fills file by file, so an interrupted download leaves a part
+    files = _weight_files(snapshot)
+    for index in snapshot.glob("*.safetensors.index.json"):
+        named = {snapshot / name for name in json.loads(index.read_text())["weight_map"].values()}
+        return named <= set(files) and _has_tokenizer(snapshot)
+    return bool(files) and _has_tokenizer(snapshot)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in ("tokenizer*.*", "vocab.*", "spiece.model", "*.gguf"))
+
+
+@functools.cache
 def _hub_commit(checkpoint: str, revision: str | None) -> tuple[str | None, str]:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled

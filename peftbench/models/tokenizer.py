@@ -8,11 +8,10 @@ SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<mask>")
 """Ids 0 to 4: padding, unknown, start (an encoder's first token), end (its separator), mask."""
 
 _WORDS = (
-    "the of and to in is that it was for with as on be at by this have from or one had not but what all were when we "
-    "there can an your which their said if do will each about how up out them then she many some so these would other "
-    "into has more her two like him see time could no make than first been its who now people my made over did down "
-    "only way find use may water long little very after words called just where most know yes true false positive "
-    "negative good bad great movie film question answer sentence premise entailment neutral contradiction"
+    "yes no true false good bad great positive negative neutral entailment the of and to in is that it was for with as "
+    "on be at by this have from or one had not but what all were when we there can an your which their said if do will "
+    "each about how up out them then she many some so these would other into has more her two like him see time could "
+    "make than first been its who now people movie film question answer contradiction"
 )
 
 
