@@ -81,8 +81,10 @@ class ModelConfig:
         one_of("model.head", self.head, HEADS)
         one_of("model.weights", self.weights, WEIGHTS)
         one_of("model.attention", self.attention, ATTENTIONS)
-        if self.weights == "random" and self.architecture is None:
-            raise UserError(f"model.weights=random needs model.architecture, which {self.name!r} does not give")
+        if self.weights == "random" and self.architecture is None and self.checkpoint is None:
+            raise UserError(
+                f"model.weights=random: {self.name!r} gives neither model.architecture nor model.checkpoint"
+            )
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class RunSpec:
     """Everything that decides a run, resolved: no null learning rate or length, no interpolation.
 
     `identity` holds what the settings cannot show: ``weights`` (sha256), ``data`` (fingerprint), ``engine`` and
-    ``method`` (integer versions), ``device_kind`` ("cpu" or the GPU's name), and ``task`` (``num_labels`` and ``formulation``).
+    ``method`` (integer versions), ``device_kind`` ("cpu" or the GPU's name), ``task`` (labels, formulation).
     """
 
     model: dict[str, Any]

@@ -1,0 +1,65 @@
+"""The sweeper: a Hydra grid → runs not yet done → packs → one job each for whichever launcher is configured."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+@dataclass
+class PeftbenchSweeperConf:
+    """`quiet` shows no progress."""
+
+    _target_: str = "hydra_plugins.peftbench_sweeper.sweeper.PeftbenchSweeper"
+    quiet: bool = False
+
+
+ConfigStore.instance().store(
+    group="hydra/sweeper", name="peftbench", node=PeftbenchSweeperConf, provider="peftbench_sweeper"
+)
+
+
+class PeftbenchSweeper(Sweeper):
+    """Expands the grid with methods' own settings, leaves out what the store holds, and packs the rest."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        super().__init__()
+        self.quiet = quiet
+        self.launcher: Launcher | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra before `sweep`."""
+        self.config = config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Plan and launch; returns a `peftbench.sweep.Outcome`.
+
+        Raises UserError, before anything is written, for whatever keeps a run from starting.
+        """
+        from peftbench import progress, sweep
+
+        launcher = self.launcher
+        assert launcher is not None
+        prepared = sweep.prepare(arguments)
+        for line in prepared.lines:
+            if not self.quiet:
+                sweep.say(line)
+        if not prepared.jobs:
+            return prepared.outcome([])
+        runs = sum(len(pack.specs) for pack in prepared.jobs)
+        with progress.display(len(prepared.jobs), runs, self.quiet):
+            returns = launcher.launch([[f"members='{pack.encode()}'"] for pack in prepared.jobs], initial_job_idx=0)
+        # JobReturn.return_value would print its own report of a failed job, override and all.
+        return prepared.outcome(
+            [r._return_value for r in returns if r.status is JobStatus.COMPLETED],
+            [r._return_value for r in returns if r.status is not JobStatus.COMPLETED],
+        )

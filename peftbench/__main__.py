@@ -1,0 +1,87 @@
+"""The commands: ``python -m peftbench sweep|run|report|methods|models|tasks|doctor``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import peftbench
+from peftbench.cli import doctor, lists, report, sweep
+from peftbench.errors import UserError, nearest
+
+COMMANDS = {
+    "sweep": ("train a grid of runs", sweep.SWEEP_HELP),
+    "run": ("train one run", sweep.RUN_HELP),
+    "report": ("tables and plots of a sweep", report.HELP),
+    "methods": ("list the methods", lists.METHODS_HELP),
+    "models": ("list the models", lists.MODELS_HELP),
+    "tasks": ("list the tasks", lists.TASKS_HELP),
+    "doctor": ("say what this machine offers", doctor.HELP),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line and exit 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> Parser:
+    """Return the command line's parser."""
+    top = Parser("python -m peftbench", description=peftbench.__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    top.add_argument("--version", action="version", version=f"peftbench {peftbench.__version__}")
+    commands = top.add_subparsers(dest="command", metavar="command")
+    for name, (short, text) in COMMANDS.items():
+        one = commands.add_parser(name, help=short, description=text, formatter_class=argparse.RawTextHelpFormatter)
+        if name in ("sweep", "run"):
+            one.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides, see above")
+            one.add_argument("--quiet", action="store_true", help="print only what went wrong and the report's path")
+        if name in ("methods", "models", "tasks"):
+            one.add_argument("--json", action="store_true", help="machine-readable")
+        if name == "report":
+            one.add_argument("folder", help="<results>/<sweep.name>")
+            one.add_argument("--consolidate", action="store_true", help="also write all records to records.jsonl.gz")
+    return top
+
+
+def dispatch(arguments: Sequence[str]) -> int:
+    """Carry out one command; returns its exit code."""
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        raise UserError(f"{arguments[0]}: no such command{nearest(arguments[0], COMMANDS)} ({', '.join(COMMANDS)})")
+    top = parser()
+    given, rest = top.parse_known_args(arguments)
+    if given.command is None:
+        top.print_help()
+        return 2
+    if rest and (given.command not in ("sweep", "run") or any(r.startswith("-") for r in rest)):
+        raise UserError(
+            f"{rest[0]}: not an argument of {given.command} (see python -m peftbench {given.command} --help)"
+        )
+    if given.command in ("sweep", "run"):
+        work = sweep.sweep if given.command == "sweep" else sweep.run
+        return work([*given.overrides, *rest], given.quiet)
+    if given.command == "report":
+        return report.report(given.folder, given.consolidate)
+    if given.command == "doctor":
+        return doctor.doctor()
+    return getattr(lists, given.command)(given.json)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    try:
+        return dispatch(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        print(f"peftbench: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of a list, such as head, has seen enough
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

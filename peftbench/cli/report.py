@@ -1,0 +1,31 @@
+"""``report``: the tables and plots of a folder of records."""
+
+from pathlib import Path
+
+from peftbench.cli.sweep import show, write_report
+from peftbench.errors import UserError, nearest
+from peftbench.store import Store
+
+HELP = """\
+Write tables (Markdown, CSV, LaTeX) and plots (png, pdf, svg) of a sweep's records to <folder>/report/, print the table.
+
+examples:
+  python -m peftbench report results/default
+  python -m peftbench report results/glue-minilm --consolidate"""
+
+
+def report(folder: str, consolidate: bool = False) -> int:
+    """Write and print the report; `consolidate` also writes one file of all records. UserError if there are none."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        beside = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        raise UserError(f"{folder}: no such folder{nearest(folder, beside)}")
+    store = Store(path.absolute())
+    records = store.records()
+    if not records:
+        raise UserError(f"{folder}: holds no records (expected {path / 'runs'}/*.json or {path / 'records.jsonl.gz'})")
+    show(records)
+    write_report(store)
+    if consolidate:
+        print(f"records: {store.consolidate()}")
+    return 0

@@ -1,0 +1,210 @@
+"""``sweep`` and ``run``: train what is asked for, then show it."""
+
+import signal
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from peftbench import job, progress
+from peftbench.errors import UserError, nearest
+from peftbench.store import Store
+from peftbench.sweep import Outcome, configure, prepare, say, sweep_folder
+
+LAUNCHER_EXTRAS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}
+
+SWEEP_HELP = """\
+Train every run of a grid that has no record yet, and end with a table and a report.
+
+Without a method or an experiment it is experiment=default. Comma lists, range(), glob() and choice() sweep over values.
+A swept setting that a method lacks is dropped for it; equal runs collapse.
+
+examples:
+  python -m peftbench sweep
+  python -m peftbench sweep method=full,lora method.rank=2,4 seed=range(0,3) train.steps=80 sweep.name=ranks
+  python -m peftbench sweep 'method=glob(*)' task=rte,mrpc model=roberta-base train.learning_rate=1e-4,1e-3
+  python -m peftbench sweep experiment=default seed=0,1,2,3,4 results=results sweep.name=five-seeds
+  python -m peftbench sweep method=lora seed=0,1,2,3 pack=2 hydra/launcher=joblib hydra.launcher.n_jobs=2
+
+groups:    model=  method=  task=  train=  profile=     (python -m peftbench models|methods|tasks)
+settings:  method.rank= method.alpha= ...  train.steps= train.epochs= train.batch_size= train.learning_rate=
+           train.max_length= train.precision=fp32|bf16 train.dropout=<p>|null ...  seed=  protocol=held_out|paper
+the sweep: experiment=  results=<folder>  sweep.name=<name>  pack=auto|<n>  device=auto|cpu|cuda
+           retry_failed=true
+
+Records go to <results>/<sweep.name>/runs/<run_id>.json. Interrupt at any time; the same command goes on where it stopped.
+exit code: 0 all runs completed, 1 some failed, 2 bad input, 130 interrupted"""
+
+RUN_HELP = """\
+Train exactly one run; the record is the same as a sweep's.
+
+examples:
+  python -m peftbench run
+  python -m peftbench run method=lora method.rank=8 task=movie-reviews train.steps=80
+  python -m peftbench run model=tiny-bert task=tiny method=full seed=3 results=/tmp/results sweep.name=try
+
+The keys are those of sweep (python -m peftbench sweep --help), one value each."""
+
+
+def _one_line(error: BaseException) -> str:
+    parts = [str(error), *([str(error.__cause__)] if error.__cause__ else [])]
+    return " ".join(" ".join(parts).split())
+
+
+def _hydra_error(error: BaseException, arguments: Sequence[str]) -> UserError:
+    """Return what Hydra says of a bad configuration in one line, with the extra that a missing launcher comes in."""
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key.lstrip("+") == "hydra/launcher":
+            if value in LAUNCHER_EXTRAS:
+                extra = LAUNCHER_EXTRAS[value]
+                if "launcher" in str(error):
+                    return UserError(f"{argument}: launcher not installed; pip install 'peftbench[{extra}]'")
+            elif "launcher" in str(error):
+                valid = ("basic", *LAUNCHER_EXTRAS)
+                return UserError(f"{argument}: no such launcher{nearest(value, valid)} (known: {', '.join(valid)})")
+    return UserError(_one_line(error))
+
+
+def multirun(arguments: Sequence[str], quiet: bool) -> Outcome:
+    """Hand the command line to Hydra's multirun with our sweeper; raises UserError for a bad configuration."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from peftbench.registry import composer
+
+    parsed, config = configure(arguments)
+    folder = str(sweep_folder(config)).replace("\\", "\\\\").replace("'", "\\'")
+    hydra = [f"hydra.sweep.dir='{folder}'", f"hydra.sweeper.quiet={str(quiet).lower()}", *parsed.hydra]
+    try:
+        with composer():
+            app = GlobalHydra.instance().hydra
+            assert app is not None
+            return app.multirun("config", job.execute, [*hydra, *parsed.lines])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _hydra_error(error, parsed.hydra) from error
+
+
+def _interruptible(work: Callable[[], Outcome], folder: Callable[[], Path]) -> Outcome | None:
+    """Do `work`; None after Ctrl-C or SIGTERM, with a line that says what is kept."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        return work()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the line below is short
+        kept = len(list((folder() / "runs").glob("*.json")))
+        say(f"interrupted: {kept} finished runs are kept in {folder()}; the same command goes on from there")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        return None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def show(records: Sequence[dict[str, Any]]) -> None:
+    """Print the result tables of `records`."""
+    from peftbench.analysis.tables import terminal_tables
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # a pipe has no width to wrap at
+    for table in terminal_tables(list(records)):
+        shown = RichTable(title=table.title, title_justify="left", title_style="bold")
+        for index, header in enumerate(table.headers):
+            shown.add_column(header, justify="left" if index < table.text_columns else "right")
+        for row in table.rows:
+            shown.add_row(*row)
+        console.print(shown)
+        for note in table.notes:
+            console.print(note, markup=False, highlight=False)
+
+
+def _finish(outcome: Outcome, quiet: bool, report: bool) -> int:
+    """Show the table, write the report, sum up what went wrong; returns the exit code."""
+    statuses = outcome.statuses()
+    wanted = [record for run_id in statuses if (record := outcome.store.record(run_id)) is not None]
+    if wanted and not quiet:
+        show(wanted)
+    if wanted and report:
+        write_report(outcome.store)
+    counts = Counter(statuses.values())
+    bad = [run_id for run_id, status in statuses.items() if status not in ("completed", "absent")]
+    if bad:
+        what = ", ".join(f"{counts[s]} {s.replace('_', ' ')}" for s in sorted({statuses[b] for b in bad}))
+        say(f"{len(bad)} of {len(statuses)} runs did not complete ({what}):")
+        for run_id in bad:
+            reason = str((outcome.store.record(run_id) or {}).get("error") or "").strip().splitlines()
+            say(f"  {run_id}: {statuses[run_id].replace('_', ' ')}{': ' + reason[-1] if reason else ''}")
+        if counts["failed"] or counts["out_of_memory"]:
+            say("retry_failed=true runs the failed and out-of-memory ones again")
+    for error in outcome.errors:
+        say(f"a pack was lost: {error}")
+    if outcome.stopped:
+        raise UserError(outcome.stopped)
+    elsewhere = [run_id for run_id, status in statuses.items() if status == "absent"]
+    if elsewhere and not outcome.errors:
+        owner = next((o for run_id in elsewhere if (o := outcome.store.claimed(run_id))), None)
+        by = f"by process {owner['pid']} on {owner['host']}" if owner else "by another process"
+        say(f"{len(elsewhere)} runs are being trained {by}")
+    return 1 if bad or outcome.errors else 0
+
+
+def write_report(store: Store) -> list[Path]:
+    """Write the report of all records of a store and print its paths."""
+    from peftbench.analysis.report import write_report as write
+
+    paths = write(store.records(), store.folder)
+    for line in report_lines(paths):
+        print(line)
+    return paths
+
+
+def report_lines(paths: Sequence[Path]) -> list[str]:
+    """Return the lines that name the report and its Pareto plots."""
+    lines = [f"report: {path}" for path in paths if path.suffix == ".md"]
+    plots = [path for path in paths if path.suffix == ".png"]
+    pareto = [path for path in plots if "pareto" in path.name]
+    return lines + [f"Pareto plot: {path}" for path in pareto]
+
+
+def sweep(arguments: Sequence[str], quiet: bool = False) -> int:
+    """Run a sweep; returns the exit code."""
+    _, config = configure(arguments)
+    outcome = _interruptible(lambda: multirun(arguments, quiet), lambda: sweep_folder(config))
+    return 130 if outcome is None else _finish(outcome, quiet, report=True)
+
+
+def run(arguments: Sequence[str], quiet: bool = False) -> int:
+    """Run exactly one run; returns the exit code. Raises UserError for a list of values."""
+    parsed, config = configure(arguments)
+    if parsed.swept:
+        raise UserError(f"{parsed.swept[0]}: run takes one value for each key; use sweep for lists")
+    if parsed.hydra:
+        raise UserError(f"{parsed.hydra[0]}: run uses no launcher; use sweep")
+
+    def work() -> Outcome:
+        prepared = prepare(arguments, single=True)
+        if not quiet:
+            for line in prepared.lines:
+                say(line)
+        answers = []
+        with progress.display(len(prepared.jobs), len(prepared.jobs), quiet):
+            for pack in prepared.jobs:
+                answers.append({"runs": job.train(pack), "stopped": None})
+        return prepared.outcome(answers)
+
+    outcome = _interruptible(work, lambda: sweep_folder(config))
+    if outcome is None:
+        return 130
+    code = _finish(outcome, quiet, report=False)
+    for spec in outcome.specs:
+        print(f"record: {outcome.store.runs / spec.run_id}.json")
+    return code

@@ -1,0 +1,136 @@
+"""From a grid to points, and from resolved runs to packs; pure, no torch.
+
+A *grid* maps keys to lists of values: the groups (``model``, ``method``, ``task``, ``train``, ``profile``) to names of
+options, dotted keys (``method.rank``), ``seed`` and ``protocol`` to plain values. A *point* is one choice for every key.
+What a method does not declare is left out before the product is taken: no point holds a key that means nothing to it.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peftbench.errors import UserError, nearest
+from peftbench.record import RunSpec, canonical
+
+GROUPS = ("model", "method", "task", "train", "profile")
+RUN_KEYS = ("seed", "protocol")
+PER_RUN_TRAIN = ("learning_rate", "weight_decay", "clip_norm", "warmup", "schedule")
+"""What may differ between the runs of a pack besides the seed and the method's own free settings."""
+
+Grid = Mapping[str, Sequence[Any]]
+Point = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What is asked for: grids whose union runs, values per method, and keys given by hand, which go before both."""
+
+    grids: Sequence[Grid]
+    per_method: Mapping[str, Grid] = field(default_factory=dict)
+    given: Grid = field(default_factory=dict)
+
+
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def as_grid(mapping: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return a yaml mapping as a grid: a list is a list of choices, anything else the only choice."""
+    return {key: value if isinstance(value, list) else [value] for key, value in flatten(mapping).items()}
+
+
+def _check_keys(demand: Demand, methods: Sequence[str], declared: Mapping[str, frozenset[str]]) -> list[str]:
+    """Return a line per method setting that some methods lack; raise UserError for keys that nothing takes."""
+    lines: list[str] = []
+    known = {f"method.{setting}" for method in methods for setting in declared[method]}
+    asked = dict.fromkeys(itertools.chain(demand.given, *demand.grids, *demand.per_method.values()))
+    for key in asked:
+        group, dot, _ = key.partition(".")
+        if not dot and key not in GROUPS + RUN_KEYS:
+            raise UserError(f"{key}: no such key{nearest(key, GROUPS + RUN_KEYS)}")
+        if group not in GROUPS + RUN_KEYS or (dot and group in RUN_KEYS):
+            raise UserError(f"{key}: no such key{nearest(group, GROUPS)}")
+        if group != "method" or not dot:
+            continue
+        if key not in known:
+            if key not in demand.given and "method" in demand.given:
+                continue  # an experiment's setting of a method that was replaced by hand
+            everything = sorted(known)
+            valid = f" (valid: {', '.join(everything)})" if everything else ", which have no settings"
+            raise UserError(f"{key}: not a setting of {', '.join(methods)}{nearest(key, everything)}{valid}")
+        without = [m for m in methods if key.removeprefix("method.") not in declared[m]]
+        if without and key in demand.given:
+            lines.append(f"{key} is not a setting of {', '.join(without)}: dropped there")
+    return lines
+
+
+def points(demand: Demand, declared: Mapping[str, frozenset[str]]) -> tuple[list[Point], list[str]]:
+    """Return the different points of all grids in order, and lines about what was dropped.
+
+    `declared` maps each method of the grids to its settings. Raises UserError for a key that nothing takes.
+    """
+    grids = [{**grid, **demand.given} for grid in demand.grids]
+    methods = list(dict.fromkeys(str(m) for grid in grids for m in grid["method"]))
+    lines = _check_keys(demand, methods, declared)
+    found: dict[str, Point] = {}
+    for grid in grids:
+        for method in dict.fromkeys(str(m) for m in grid["method"]):
+            merged = {**grid, **demand.per_method.get(method, {}), **demand.given, "method": [method]}
+            axes = {
+                key: values
+                for key, values in merged.items()
+                if not key.startswith("method.") or key.removeprefix("method.") in declared[method]
+            }
+            for key, values in axes.items():
+                if not values:
+                    raise UserError(f"{key}: the list of values is empty")
+            for choice in itertools.product(*axes.values()):
+                point = dict(zip(axes, choice, strict=True))
+                found.setdefault(canonical(point), point)
+    return list(found.values()), lines
+
+
+def pack_key(spec: RunSpec, free: Iterable[str]) -> str:
+    """Return what runs of one pack have in common, as text; `free` are the method's settings that may differ."""
+    free = set(free)
+    return canonical(
+        [
+            spec.model,
+            {k: v for k, v in spec.method.items() if k not in free},
+            spec.task,
+            {k: v for k, v in spec.train.items() if k not in PER_RUN_TRAIN},
+            spec.profile,
+            spec.protocol,
+            spec.device,
+            spec.identity,
+        ]
+    )
+
+
+def packs(
+    specs: Sequence[RunSpec], sharing: Callable[[RunSpec], tuple[bool, frozenset[str]]], size: int
+) -> list[list[RunSpec]]:
+    """Group runs that can share a base into packs of at most `size`, of even sizes, in order of first appearance.
+
+    `sharing` tells of a run whether its method can be packed at all, and which of its settings may differ in a pack.
+    """
+    assert size >= 1
+    groups: dict[str, list[RunSpec]] = {}
+    for spec in specs:
+        packable, free = sharing(spec)
+        groups.setdefault(pack_key(spec, free) if packable else spec.run_id, []).append(spec)
+    found: list[list[RunSpec]] = []
+    for members in groups.values():
+        count = math.ceil(len(members) / size)
+        bounds = [len(members) * i // count for i in range(count + 1)]
+        found += [members[low:high] for low, high in itertools.pairwise(bounds)]
+    return found

@@ -1,0 +1,271 @@
+"""From points to RunSpecs: every section built and checked once, before anything starts."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peftbench import environment, registry
+from peftbench.config import PROTOCOLS, ModelConfig, ProfileConfig, TrainConfig, as_dict, build, in_range, one_of
+from peftbench.errors import UserError, nearest
+from peftbench.plan import GROUPS, Demand, Point, as_grid, flatten, packs, points
+from peftbench.record import RunSpec, canonical, plain
+
+AUTO_PACK = {"cuda": 8, "cpu": 4}
+EXPERIMENT_KEYS = ("common", "grids", "per_method", "sweep", "question")
+
+
+def experiment(name: str) -> tuple[list[dict[str, list[Any]]], dict[str, dict[str, list[Any]]], str]:
+    """Read `experiments/<name>/experiment.yaml`: its grids with `common` filled in, values per method, and sweep name.
+
+    Raises UserError for an unknown experiment or key.
+    """
+    known = registry.experiments()
+    if name not in known:
+        folders = ", ".join(str(f) for f in registry.experiment_folders()) or "no experiments folder"
+        raise UserError(f"experiment={name}: no such experiment in {folders}{nearest(name, known)}")
+    from omegaconf import OmegaConf
+
+    path = known[name]
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except Exception as error:
+        raise UserError(
+            f"{path}: not readable as yaml ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a mapping with grids")
+    for key in content:
+        if key not in EXPERIMENT_KEYS:
+            raise UserError(
+                f"{path}: {key}: no such key{nearest(str(key), EXPERIMENT_KEYS)} (valid: {', '.join(EXPERIMENT_KEYS)})"
+            )
+    grids, common, per_method = content.get("grids"), content.get("common") or {}, content.get("per_method") or {}
+    if not isinstance(grids, list) or not grids or not all(isinstance(g, Mapping) for g in grids):
+        raise UserError(f"{path}: grids: expected a list of mappings from key to value or list of values")
+    if not isinstance(common, Mapping) or not isinstance(per_method, Mapping):
+        raise UserError(f"{path}: common and per_method: expected mappings")
+    chosen = [{**as_grid(common), **as_grid(grid)} for grid in grids]
+    values = {str(method): as_grid(keys) for method, keys in per_method.items()}
+    return chosen, values, str(content.get("sweep") or name)
+
+
+def demand(given: Mapping[str, Sequence[Any]], name: str | None) -> Demand:
+    """Return what is asked for: the keys `given` by hand over the experiment `name`, or over the default choices."""
+    defaults: dict[str, list[Any]] = {
+        "model": ["minilm-l6"],
+        "method": ["lora"],
+        "task": ["movie-reviews"],
+        "train": ["default"],
+        "profile": ["default"],
+        "seed": [0],
+        "protocol": ["held_out"],
+    }
+    if name is None:
+        return Demand([defaults], {}, given)
+    grids, per_method, _ = experiment(name)
+    for grid in grids:
+        if "method" not in grid and "method" not in given:
+            raise UserError(f"experiment={name}: a grid names no method")
+    return Demand([{**defaults, **grid} for grid in grids], per_method, given)
+
+
+class Resolver:
+    """Turns points into RunSpecs; every section, model and method is built and checked once."""
+
+    def __init__(self, device: str) -> None:
+        self.device = environment.pick_device(device)
+        self.device_kind = environment.device_kind(self.device)
+        self._cache: dict[tuple[Any, ...], Any] = {}
+
+    def _once(self, key: tuple[Any, ...], make: Any) -> Any:
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+    # Sections as plain settings.
+
+    def _settings(self, group: str, option: str, values: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+        """Return an option's yaml with the point's own values set on it."""
+        if group == "model" and option not in registry.options("model"):
+            if "/" not in option and not Path(option).exists():
+                registry.check_option(group, option)
+            base = {**registry.section("model", "hub"), "checkpoint": option, "name": option.rstrip("/")}
+        else:
+            base = registry.section(group, option)
+        for key, value in values:
+            inner, dot, rest = key.partition(".")
+            if dot:  # model.package.sha256, model.architecture.hidden_size
+                if not isinstance(base.get(inner), Mapping):
+                    raise UserError(f"{group}.{key}: no such key{nearest(key, flatten(base))}")
+                base[inner] = _set(base[inner], rest, value)
+            else:
+                base[key] = value
+        return base
+
+    def _model(self, option: str, values: tuple[tuple[str, Any], ...]) -> tuple[ModelConfig, dict[str, Any], str]:
+        from peftbench.models import source
+
+        mapping = self._settings("model", option, values)
+        if option == "hub" and mapping.get("checkpoint") in (None, "???"):
+            raise UserError("model=hub: name a checkpoint too, model.checkpoint=<owner>/<name>")
+        if mapping.get("name") in (None, "???", "hub") and mapping.get("checkpoint"):
+            mapping["name"] = mapping["checkpoint"]
+        config = build(ModelConfig, mapping, "model")
+        return config, as_dict(config), source.fingerprint(config)
+
+    def _method(self, option: str, values: tuple[tuple[str, Any], ...]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        mapping = self._settings("method", option, values)
+        method = registry.build_method(mapping)
+        settings = {"name": option, "_target_": mapping["_target_"], **plain(as_dict(method))}
+        return method, settings, mapping
+
+    def _task(self, option: str, values: tuple[tuple[str, Any], ...]) -> tuple[Any, dict[str, Any], str]:
+        mapping = self._settings("task", option, values)
+        task = registry.build_task(mapping)
+        return task, {"name": option, "_target_": mapping["_target_"], **plain(as_dict(task))}, task.fingerprint()
+
+    def _splits(self, task: Any, protocol: str) -> bool:
+        """Read the rows once, so that a missing file or column is found before anything trains."""
+        task.splits(protocol)
+        return True
+
+    def _check(self, config: ModelConfig, method: Any, formulation: str, key: tuple[Any, ...]) -> bool:
+        from peftbench.models.load import build_meta
+
+        meta = self._once(("meta", canonical(as_dict(config)), formulation), lambda: build_meta(config, formulation))
+        try:
+            method.check(meta)
+        except UserError as error:
+            raise UserError(f"model={config.name}, method={key[0]}: {error}") from error
+        return True
+
+    # Points.
+
+    def spec(self, point: Point) -> RunSpec:
+        """Return the resolved run of one point; raises UserError for whatever keeps it from running."""
+        point = self._with_required(dict(point))
+        parts: dict[str, tuple[str, tuple[tuple[str, Any], ...], str]] = {}
+        for group in GROUPS:
+            own = tuple(sorted((k[len(group) + 1 :], v) for k, v in point.items() if k.startswith(f"{group}.")))
+            parts[group] = (str(point[group]), own, canonical([point[group], own]))
+
+        config, model, weights = self._once(("model", parts["model"][2]), lambda: self._model(*parts["model"][:2]))
+        method, method_settings, mapping = self._once(
+            ("method", parts["method"][2]), lambda: self._method(*parts["method"][:2])
+        )
+        train, profile = (
+            self._once(
+                (group, parts[group][2]),
+                lambda group=group, cls=cls: build(cls, self._settings(group, *parts[group][:2]), group),
+            )
+            for group, cls in (("train", TrainConfig), ("profile", ProfileConfig))
+        )
+        protocol, seed = point["protocol"], point["seed"]
+        one_of("protocol", protocol, PROTOCOLS)
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise UserError(f"seed={seed}: expected a whole number")
+        in_range("seed", seed, 0, 2**31 - 1)
+        task, task_settings, data = self._once(("task", parts["task"][2]), lambda: self._task(*parts["task"][:2]))
+        self._once(("splits", parts["task"][2], protocol), lambda: self._splits(task, protocol))
+        self._once(
+            ("check", parts["model"][2], parts["method"][2], task.formulation),
+            lambda: self._check(config, method, task.formulation, parts["method"]),
+        )
+        return RunSpec(
+            model=model,
+            method=method_settings,
+            task=task_settings,
+            train=self._once(
+                ("recipe", parts["train"][2], parts["method"][0], parts["task"][2]),
+                lambda: as_dict(_complete(train, mapping, task)),
+            ),
+            profile=as_dict(profile),
+            seed=seed,
+            protocol=protocol,
+            device=self.device,
+            identity={
+                "weights": weights,
+                "data": data,
+                "engine": _engine_version(),
+                "method": method.version,
+                "device_kind": self.device_kind,
+                "task": {"num_labels": task.num_labels, "formulation": task.formulation},
+            },
+        )
+
+    def _with_required(self, point: Point) -> Point:
+        """Apply what the method's yaml requires of other groups; an explicit conflict is an error."""
+        method = str(point["method"])
+        required = self._once(
+            ("requires", method), lambda: flatten(registry.section("method", method).get("requires") or {})
+        )
+        for key, value in required.items():
+            if key in point and point[key] != value:
+                raise UserError(f"{key}={point[key]}: method {method} requires {key}={value}")
+            point[key] = value
+        return point
+
+    def sharing(self, spec: RunSpec) -> tuple[bool, frozenset[str]]:
+        """Tell whether the run's method can be packed, and which of its settings may differ in a pack."""
+        cls = self._once(
+            ("class", spec.method["_target_"]), lambda: registry.load_class(spec.method["_target_"], "method")
+        )
+        return cls.traits.packable, frozenset(cls.traits.free_in_pack)
+
+
+def _set(mapping: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    inner, dot, rest = key.partition(".")
+    changed = dict(mapping)
+    changed[inner] = _set(changed.get(inner) or {}, rest, value) if dot else value
+    return changed
+
+
+def _complete(train: TrainConfig, method: Mapping[str, Any], task: Any) -> TrainConfig:
+    """Fill in the learning rate that the method suggests and the task's length."""
+    rate = train.learning_rate
+    if rate is None:
+        rate = (method.get("suggested") or {}).get("learning_rate")
+        if rate is None:
+            raise UserError(
+                f"train.learning_rate=null: method {method['name']} suggests none; give train.learning_rate"
+            )
+    length = task.max_length if train.max_length is None else train.max_length
+    return dataclasses.replace(train, learning_rate=float(rate), max_length=int(length))
+
+
+def _engine_version() -> int:
+    from peftbench import engine
+
+    return int(engine.VERSION)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All runs asked for, in packs, with lines worth showing."""
+
+    specs: list[RunSpec]
+    resolver: Resolver
+    lines: list[str]
+
+    def packs(self, wanted: Sequence[RunSpec], size: str | int) -> list[list[RunSpec]]:
+        """Group `wanted` runs into packs of at most `size`, or as many as suits the device for "auto"."""
+        limit = AUTO_PACK[self.resolver.device] if size == "auto" else int(size)
+        return packs(wanted, self.resolver.sharing, limit)
+
+
+def plan(request: Demand, device: str) -> Plan:
+    """Resolve all points of `request`; equal runs collapse. Raises UserError for whatever keeps one from running."""
+    names = dict.fromkeys(str(m) for grid in request.grids for m in request.given.get("method", grid["method"]))
+    for group in GROUPS:
+        for grid in [request.given] if group in request.given else request.grids:
+            for option in grid.get(group, ()):
+                if group != "model" or ("/" not in str(option) and not Path(str(option)).exists()):
+                    registry.check_option(group, str(option))
+    found, lines = points(request, {name: registry.declared(name) for name in names})
+    resolver = Resolver(device)
+    specs: dict[str, RunSpec] = {}
+    for point in found:
+        spec = resolver.spec(point)
+        specs.setdefault(spec.run_id, spec)
+    return Plan(list(specs.values()), resolver, lines)

@@ -1,0 +1,105 @@
+"""A sweep from its command line to its packs, and from its jobs' answers to one outcome."""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peftbench import overrides
+from peftbench.config import SweepConfig, build
+from peftbench.errors import UserError
+from peftbench.job import Pack
+from peftbench.record import RunSpec
+from peftbench.resolve import Plan, demand, plan
+from peftbench.store import Store
+
+BYTES_PER_RUN = 256 * 1024
+"""What a record takes on the disk, generously."""
+
+
+def say(line: str) -> None:
+    """Print one line about the sweep itself; results go to stdout, this does not."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is known after a sweep; read from the store, since launchers may run packs anywhere."""
+
+    store: Store
+    specs: list[RunSpec]
+    present: int
+    stopped: str | None = None
+    errors: list[str] = field(default_factory=list)
+
+    def statuses(self) -> dict[str, str]:
+        """Run id → status of all runs asked for; "absent" for those without a record."""
+        found = {spec.run_id: self.store.record(spec.run_id) for spec in self.specs}
+        return {run_id: "absent" if record is None else str(record["status"]) for run_id, record in found.items()}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sweep ready to go: all runs, the packs still to train, and lines worth showing first."""
+
+    store: Store
+    plan: Plan
+    jobs: list[Pack]
+    lines: list[str]
+
+    def outcome(self, answers: Sequence[Any], failures: Sequence[Any] = ()) -> Outcome:
+        """Gather the jobs' answers."""
+        stopped = next((a["stopped"] for a in answers if a and a.get("stopped")), None)
+        left = sum(len(pack.specs) for pack in self.jobs)
+        errors = [f"{type(f).__name__}: {f}".splitlines()[0] for f in failures]
+        return Outcome(self.store, self.plan.specs, len(self.plan.specs) - left, stopped, errors)
+
+
+def configure(arguments: Sequence[str]) -> tuple[overrides.Overrides, SweepConfig]:
+    """Parse and check a command line; no method and no experiment named means the default experiment."""
+    parsed = overrides.parse(arguments)
+    return parsed, build(SweepConfig, parsed.settings, "")
+
+
+def sweep_folder(config: SweepConfig) -> Path:
+    """Return the absolute folder that a sweep's records go to."""
+    return Path(config.results).expanduser().absolute() / config.sweep.name
+
+
+def prepare(arguments: Sequence[str], single: bool = False) -> Prepared:
+    """Plan a sweep: resolve and check every run, find out which are done, pack the rest, make the folder.
+
+    `single` takes exactly one run and no experiment by default. Raises UserError before anything is written.
+    """
+    parsed, config = configure(arguments)
+    name = config.experiment
+    if name is None and not single and "method" not in parsed.grid:
+        name = "default"
+    planned = plan(demand(parsed.grid, name), config.device)
+    if single and len(planned.specs) != 1:
+        raise UserError(f"run takes exactly one run, this makes {len(planned.specs)}; use sweep")
+    store = Store(sweep_folder(config), config.retry_failed)
+    wanted = [spec for spec in planned.specs if not store.has(spec.run_id)]
+    jobs = [Pack(pack, str(store.folder), config.retry_failed) for pack in planned.packs(wanted, config.pack)]
+    lines = list(planned.lines)
+    done = len(planned.specs) - len(wanted)
+    if not wanted:
+        lines.append(f"all {done} runs are in {store.folder}: nothing to train")
+    else:
+        already = f", {done} more are there already" if done else ""
+        lines.append(f"{len(wanted)} runs in {len(jobs)} packs on {planned.resolver.device_kind}{already}")
+        _check_space(store.folder, len(wanted))
+        store.prepare()
+    return Prepared(store, planned, jobs, lines)
+
+
+def _check_space(folder: Path, runs: int) -> None:
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    free, needed = shutil.disk_usage(existing).free, runs * BYTES_PER_RUN
+    if free < needed:
+        raise UserError(
+            f"results={folder}: {free / 2**20:.0f} MiB free, {runs} runs need about {needed / 2**20:.0f} MiB;"
+            " free some space or choose another folder with results=<folder>"
+        )
