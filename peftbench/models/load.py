@@ -69,7 +69,8 @@ def load(
     model.requires_grad_(False)
     model.eval()
     tokenizer = _tokenizer(config, source, kind, hf_config)
-    return Backbone(model.to(device), tokenizer, kind, dataclasses.replace(config, kind=kind), source.sha256)
+    model.to(device)  # type: ignore[arg-type]
+    return Backbone(model, tokenizer, kind, dataclasses.replace(config, kind=kind), source.sha256)
 
 
 def build_meta(config: ModelConfig, formulation: str) -> PreTrainedModel:
@@ -164,8 +165,10 @@ def _model_class(config: ModelConfig, hf_config: PreTrainedConfig, auto: Any) ->
 def _options(config: ModelConfig, hf_config: PreTrainedConfig, auto: Any) -> dict[str, Any]:
     model_class = _model_class(config, hf_config, auto)
     attention = config.attention
-    if attention == "sdpa" and not model_class._supports_sdpa:
-        logger.warning("%s has no sdpa attention in transformers: using eager", model_class.__name__)
+    # SDPA has no place for the cap that Gemma 2 puts on its attention scores
+    capped = getattr(hf_config, "attn_logit_softcapping", None) is not None
+    if attention == "sdpa" and (capped or not model_class._supports_sdpa):
+        logger.warning("%s cannot use sdpa attention: using eager", model_class.__name__)
         attention = "eager"
     options: dict[str, Any] = {"attn_implementation": attention}
     if "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:

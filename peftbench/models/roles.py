@@ -229,7 +229,6 @@ _DEBERTA = Family(
     stacks=(("encoder.layer", _encoder_layer("query_proj", "key_proj", "value_proj")),),
     embedding="embeddings.word_embeddings",
     norm=(("norm.embedding", "embeddings.LayerNorm"), ("norm.position", "encoder.LayerNorm")),
-    output="encoder",
     positions=lambda config: config.max_position_embeddings if config.position_biased_input else None,
     supports_attention_interface=False,
 )

@@ -197,7 +197,7 @@ def _has_tokenizer(folder: Path) -> bool:
 @functools.cache
 def _hub_commit(checkpoint: str, revision: str | None) -> tuple[str | None, str]:
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if constants.is_offline_mode():
         return None, "is not in the cache and HF_HUB_OFFLINE is set"
@@ -206,14 +206,14 @@ def _hub_commit(checkpoint: str, revision: str | None) -> tuple[str | None, str]
         return HfApi().model_info(checkpoint, revision=revision, timeout=HUB_TIMEOUT).sha, ""
     except (HfHubHTTPError, HFValidationError) as error:
         return None, f"was refused ({str(error).splitlines()[0]})"
-    except (OSError, *_transport_errors(), OfflineModeIsEnabled) as error:
+    except _transport_errors() as error:
         return None, f"is out of reach ({type(error).__name__} after {time.monotonic() - started:.0f} s)"
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:
     # which HTTP client the hub's library speaks through depends on its version; it has imported it by now
     clients = (sys.modules.get(name) for name in ("httpx2", "httpx"))
-    return tuple(client.HTTPError for client in clients if client is not None)
+    return (OSError, *(client.HTTPError for client in clients if client is not None))
 
 
 def _ways(config: ModelConfig) -> str:
