@@ -9,10 +9,12 @@ task never mixes two origins:
 Nothing here imports torch.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +23,8 @@ from typing import Any
 from peftbench.errors import UserError, nearest
 
 DATA_VARIABLE = "PEFTBENCH_DATA"
+HUB_TIMEOUT = 10.0
+"""Seconds the hub gets to answer before it counts as out of reach."""
 Row = dict[str, Any]
 
 
@@ -119,7 +123,7 @@ class Dataset:
         folder = self.local_folder()
         if folder:
             return (folder / f"{split}.parquet").is_file()
-        return dict(self.hub_splits).get(split, split) in _hub_splits(*self._hub_key())
+        return dict(self.hub_splits).get(split, split) in _hub_builder(*self._hub_key()).info.splits
 
     def rows(self, split: str, columns: Sequence[str]) -> list[Row]:
         """Return the rows of `split` as dicts of `columns`.
@@ -141,7 +145,7 @@ class Dataset:
         if folder:
             found = [(split, folder / f"{split}.parquet") for split in splits]
             return " ".join(f"{split}={file_sha256(path)}" for split, path in found if path.is_file())
-        return f"{self._repo()}/{self.config or 'default'}@{_hub_commit(*self._hub_key())}"
+        return f"{self._repo()}/{self.config or 'default'}@{_hub_builder(*self._hub_key()).hash}"
 
     def subset(self, splits: Sequence[str]) -> bool | None:
         """Tell whether the local ``manifest.json`` marks one of `splits` as a subset; None when nothing says so."""
@@ -166,40 +170,73 @@ class Dataset:
         return self._repo(), self.config, self.revision, self.folder
 
 
-def _hub_error(repo: str, folder: str, error: Exception) -> UserError:
+def _hub_error(repo: str, folder: str, reason: str) -> UserError:
     root = os.environ.get(DATA_VARIABLE) or "unset"
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return UserError(
         f"{repo}: cannot be had from the hub ({reason}), and {DATA_VARIABLE} ({root}) has no folder {folder}; "
-        f"provide ${DATA_VARIABLE}/{folder}/<split>.parquet or a network"
+        f"provide ${DATA_VARIABLE}/{folder}/<split>.parquet, or a network that reaches the hub"
     )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    # Which client the hub's library speaks through, and has imported, depends on its version.
+    clients = (sys.modules.get(name) for name in ("httpx2", "httpx"))
+    return tuple(client.HTTPError for client in clients if client is not None)
+
+
+@lru_cache(maxsize=32)
+def _hub_revision(repo: str, revision: str | None, folder: str) -> str | None:
+    """Return the commit that the hub has now, or None when it is out of reach; UserError when it refuses."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    if constants.is_offline_mode():
+        return None
+    unreachable: tuple[type[Exception], ...] = (OSError, OfflineModeIsEnabled, *_transport_errors())
+    try:
+        return HfApi().dataset_info(repo, revision=revision, timeout=HUB_TIMEOUT).sha
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise _hub_error(repo, folder, _first_line(error)) from error
+    except unreachable:
+        return None
+
+
+@contextlib.contextmanager
+def _cache_only() -> Iterator[None]:
+    """Keep `datasets` from the network, which it would otherwise ask for half a minute before it looks at its cache."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    places: list[Any] = [datasets.config, huggingface_hub.constants]
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
 
 
 @lru_cache(maxsize=32)
 def _hub_builder(repo: str, config: str | None, revision: str | None, folder: str) -> Any:
+    """Return the data set's builder at a fixed commit, its files fetched; its `hash` is that commit."""
     import datasets
 
+    commit = _hub_revision(repo, revision, folder)
     try:
-        return datasets.load_dataset_builder(repo, config, revision=revision)
-    # No network and an unknown repository are OSErrors, a wrong config is a ValueError.
-    except (OSError, ValueError) as error:
-        raise _hub_error(repo, folder, error) from error
-
-
-@lru_cache(maxsize=32)
-def _hub_splits(repo: str, config: str | None, revision: str | None, folder: str) -> tuple[str, ...]:
-    import datasets
-
-    _hub_builder(repo, config, revision, folder)
-    try:
-        return tuple(datasets.get_dataset_split_names(repo, config, revision=revision))
-    except (OSError, ValueError) as error:
-        raise _hub_error(repo, folder, error) from error
-
-
-def _hub_commit(repo: str, config: str | None, revision: str | None, folder: str) -> str:
-    # For data-only repositories the builder's hash is the commit it resolved to, in the cache as on the network.
-    return str(_hub_builder(repo, config, revision, folder).hash)
+        with _cache_only() if commit is None else contextlib.nullcontext():
+            builder = datasets.load_dataset_builder(repo, config, revision=commit or revision)
+            builder.download_and_prepare()
+            return builder
+    # No network and no cache are OSErrors, an unknown configuration is a ValueError.
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        unreachable = "out of reach, and not in the cache" if commit is None else _first_line(error)
+        raise _hub_error(repo, folder, unreachable) from error
 
 
 @lru_cache(maxsize=32)
@@ -212,12 +249,10 @@ def _hub_rows(
     renames: tuple[tuple[str, str], ...],
     columns: tuple[str, ...],
 ) -> list[Row]:
-    import datasets
-
-    try:
-        table = datasets.load_dataset(repo, config, split=split, revision=revision)
-    except (OSError, ValueError) as error:
-        raise _hub_error(repo, folder, error) from error
+    builder = _hub_builder(repo, config, revision, folder)
+    if split not in builder.info.splits:
+        raise UserError(f"hub {repo}: no split {split!r}; its splits are: {', '.join(builder.info.splits)}")
+    table = builder.as_dataset(split=split)
     for theirs, ours in renames:
         if theirs in table.column_names and ours not in table.column_names:
             table = table.rename_column(theirs, ours)
