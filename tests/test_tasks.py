@@ -113,6 +113,7 @@ def test_hydra_composes_the_option(option):
         ({"max_length": 0}, "task.max_length=0"),
         ({"formulation": "heads"}, "task.formulation=heads: task rte accepts head or text"),
         ({"name": "rtee"}, "did you mean 'rte'"),
+        ({"data": "cloa"}, "task.data=cloa: expected one of .*did you mean 'cola'"),
         ({"label_words": ["yes", "yes"]}, "expected 2 different words"),
         ({"prompt": "{premise}"}, "sentence1"),
         ({"_target_": "peftbench.tasks.glue.Gleu"}, "no such class"),
@@ -122,6 +123,12 @@ def test_bad_settings_name_the_key(change, message):
     settings = {"_target_": "peftbench.tasks.glue.Glue", "name": "rte"} | change
     with pytest.raises(UserError, match=message):
         build(settings)
+
+
+def test_a_variant_can_have_a_name_of_its_own():
+    assert Glue(name="rte-as-text", data="rte", formulation="text").facts is TASKS["rte"]
+    assert Choice(name="my-boolq", data="boolq").key == "boolq"
+    assert Arithmetic(name="my-svamp", data="svamp").key == "svamp"
 
 
 def test_text_only_tasks_refuse_a_head():
@@ -309,7 +316,7 @@ def test_rows_come_from_the_hub_when_no_folder_has_them(data, monkeypatch, tmp_p
     assert task.data_fingerprint() == "nyu-mll/glue/rte@0123abcd"
     assert task.splits() == expected
     assert asked == [("nyu-mll/glue", "rte", "0123abcd")]
-    assert task.describe()["source"] == "hub:nyu-mll/glue"
+    assert task.describe() == {"rows": None, "subset": None, "source": "hub:nyu-mll/glue"}
     with pytest.raises(UserError, match="hub nyu-mll/glue: no split 'dev'; its splits are: train, validation"):
         task.dataset.rows("dev", ("label",))
 

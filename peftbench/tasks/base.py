@@ -161,7 +161,12 @@ class Task(ABC):
         return hashlib.sha256(f"split rule {SPLIT_RULE}\n{self.data_fingerprint()}".encode()).hexdigest()
 
     def describe(self, protocol: str = "held_out") -> dict[str, Any]:
-        """Return {"rows": {split: count}, "subset": bool | None, "source": str}."""
+        """Return {"rows": {split: count} | None, "subset": bool | None, "source": str}; downloads nothing.
+
+        Rows are None for data on the hub, which would have to be fetched to be counted.
+        """
+        if self.origin.startswith("hub:"):
+            return {"rows": None, "subset": None, "source": self.origin}
         counts = {split: len(rows) for split, rows in self.splits(protocol).items()}
         return {"rows": counts, "subset": self.subset(), "source": self.origin}
 

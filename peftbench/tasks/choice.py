@@ -51,17 +51,21 @@ def candidates(instruction: str) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice(Task):
-    """One set, by `name`. `train_sets` names the sets whose train splits are trained on; null means the set's own."""
+    """One set: the one called `data`, or `name` when that is null.
+
+    `train_sets` names the sets whose train splits are trained on; null means the set's own.
+    """
 
     formulation: str = "text"
     max_length: int = 256
     max_new_tokens: int = 16
+    data: str | None = None
     train_sets: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.train_sets is not None:
             object.__setattr__(self, "train_sets", tuple(self.train_sets))
-        for key, name in [("name", self.name), *(("train_sets", name) for name in self.train_sets or ())]:
+        for key, name in [("data", self.key), *(("train_sets", name) for name in self.train_sets or ())]:
             if name not in SETS:
                 raise UserError(f"task.{key}={name}: expected one of {', '.join(SETS)}{nearest(name, SETS)}")
         super().__post_init__()
@@ -83,9 +87,14 @@ class Choice(Task):
         return "task.train_sets=[boolq,openbookqa] trains on other sets"
 
     @property
+    def key(self) -> str:
+        """The set's own name."""
+        return self.name if self.data is None else self.data
+
+    @property
     def dataset(self) -> Dataset:
         """Where the test rows come from."""
-        return Dataset(f"instruct/llm_adapters/{self.name}")
+        return Dataset(f"instruct/llm_adapters/{self.key}")
 
     @property
     def train_datasets(self) -> list[Dataset]:

@@ -109,14 +109,18 @@ TASKS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Glue(Task):
-    """One GLUE task, by `name`; `prompt` and `label_words` (one per class) replace the built-in ones when given."""
+    """One GLUE task: the one called `data`, or `name` when that is null, so that a variant can have a name of its own.
 
+    `prompt` and `label_words` (one word per class) replace the built-in ones when given.
+    """
+
+    data: str | None = None
     prompt: str | None = None
     label_words: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in TASKS:
-            raise UserError(f"task.name={self.name}: expected one of {', '.join(TASKS)}{nearest(self.name, TASKS)}")
+        if self.key not in TASKS:
+            raise UserError(f"task.data={self.key}: expected one of {', '.join(TASKS)}{nearest(self.key, TASKS)}")
         super().__post_init__()
         if self.label_words is not None:
             # yaml gives a list; a tuple keeps the settings hashable.
@@ -130,9 +134,14 @@ class Glue(Task):
             raise UserError(f"task.prompt={self.prompt!r}: expected a text with {columns} ({error!r})") from error
 
     @property
+    def key(self) -> str:
+        """GLUE's own name of the task."""
+        return self.name if self.data is None else self.data
+
+    @property
     def facts(self) -> Facts:
         """What is particular to this task."""
-        return TASKS[self.name]
+        return TASKS[self.key]
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -150,12 +159,12 @@ class Glue(Task):
     @property
     def dataset(self) -> Dataset:
         """Where the rows come from."""
-        return Dataset(f"glue/{self.name}", repo="nyu-mll/glue", config=self.name)
+        return Dataset(f"glue/{self.key}", repo="nyu-mll/glue", config=self.key)
 
     @property
     def test_splits(self) -> dict[str, str]:
         """Our name of each test split → the official split that plays it."""
-        if self.name == "mnli":
+        if self.key == "mnli":
             return {"test": "validation_matched", "test_mismatched": "validation_mismatched"}
         return {"test": "validation"}
 

@@ -308,17 +308,21 @@ class E2e(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class Arithmetic(Task):
-    """Word problems that are only ever tested on; `train_on: gsm8k` trains and selects on GSM8K's train split."""
+    """Word problems that are only ever tested on, of the set `data`, or `name` when that is null.
+
+    `train_on: gsm8k` trains and selects on GSM8K's train split.
+    """
 
     formulation: str = "text"
     max_length: int = 512
     max_new_tokens: int = 256
+    data: str | None = None
     train_on: str | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in ARITHMETIC:
+        if self.key not in ARITHMETIC:
             valid = ", ".join(ARITHMETIC)
-            raise UserError(f"task.name={self.name}: expected one of {valid}{nearest(self.name, ARITHMETIC)}")
+            raise UserError(f"task.data={self.key}: expected one of {valid}{nearest(self.key, ARITHMETIC)}")
         if self.train_on not in (None, "gsm8k"):
             raise UserError(f"task.train_on={self.train_on}: expected gsm8k or null")
         super().__post_init__()
@@ -344,9 +348,14 @@ class Arithmetic(Task):
         return "task.train_on=gsm8k trains on GSM8K"
 
     @property
+    def key(self) -> str:
+        """The set's own name."""
+        return self.name if self.data is None else self.data
+
+    @property
     def dataset(self) -> Dataset:
         """Where the test rows come from."""
-        return Dataset(f"instruct/llm_adapters/{self.name}")
+        return Dataset(f"instruct/llm_adapters/{self.key}")
 
     @property
     def trained(self) -> Gsm8k | None:
