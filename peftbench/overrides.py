@@ -49,6 +49,8 @@ def parse(arguments: Sequence[str]) -> Overrides:
     for argument in arguments:
         if "=" not in argument and not argument.startswith("~"):
             raise UserError(f"{argument}: expected key=value")
+        if argument.endswith("=") and argument.count("=") == 1:
+            raise UserError(f"{argument}: expected a value after the equals sign (null for none)")
         try:
             (override,) = _parser().parse_overrides([argument])
         except HydraException as error:
