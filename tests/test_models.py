@@ -16,6 +16,7 @@ import yaml
 
 from peftbench.config import ModelConfig, build
 from peftbench.errors import UserError
+from peftbench.models import load as load_module
 from peftbench.models import source, tokenizer
 from peftbench.models.load import build_meta, load, set_dropout
 
@@ -148,10 +149,33 @@ def test_dtype(dtype):
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
+def test_random_weights_are_the_same_in_every_dtype_and_rotary_tables_stay_fp32():
+    full, half = (load(config_of("tiny-llama"), "text", dtype).model for dtype in (torch.float32, torch.bfloat16))
+    pairs = zip(full.parameters(), half.parameters(), strict=True)
+    assert all(torch.equal(a.to(torch.bfloat16), b) for a, b in pairs)
+    assert {buffer.dtype for buffer in half.buffers() if buffer.is_floating_point()} == {torch.float32}
+
+
+def test_large_random_models_are_drawn_where_they_live(monkeypatch):
+    monkeypatch.setattr(load_module, "LARGE", 1000)
+    model = load(config_of("tiny-llama"), "text", torch.bfloat16).model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in model.buffers() if buffer.is_floating_point()} == {torch.float32}
+    again = load(config_of("tiny-llama"), "text", torch.bfloat16).model
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
 def test_attention_implementation():
     assert load(config_of("tiny-bert"), "head").model.config._attn_implementation == "sdpa"
     assert load(config_of("tiny-bert", attention="eager"), "head").model.config._attn_implementation == "eager"
     assert load(config_of("tiny-deberta"), "head").model.config._attn_implementation == "eager"
+
+
+def test_what_sdpa_cannot_do_falls_back_to_eager_and_says_so(caplog):
+    architecture = {**config_of("tiny-gemma3").architecture, "model_type": "gemma2"}
+    backbone = load(config_of("tiny-gemma3", family="gemma2", architecture=architecture), "head")
+    assert backbone.model.config._attn_implementation == "eager"
+    assert "Gemma2Model cannot use sdpa attention: using eager" in caplog.text
 
 
 def test_pooling_layer_only_where_it_is_used():

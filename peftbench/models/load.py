@@ -37,6 +37,9 @@ FORMULATIONS = ("head", "text")
 SEED = 0
 """Of random weights."""
 
+LARGE = 2**28
+"""Random models of more parameters are drawn on their own device."""
+
 
 @dataclass
 class Backbone:
@@ -62,12 +65,10 @@ def load(
     kind = _kind(config, hf_config)
     auto = _auto_class(config, kind, formulation)
     if source.kind == "random":
-        model = _build(config, hf_config, auto, dtype)
+        model = _random(config, hf_config, auto, dtype, torch.device(device))
     else:
         model = _load_weights(config, source, hf_config, auto, dtype)
-    model.config.use_cache = False
-    model.requires_grad_(False)
-    model.eval()
+    _freeze(model)
     tokenizer = _tokenizer(config, source, kind, hf_config)
     model.to(device)  # type: ignore[arg-type]
     return Backbone(model, tokenizer, kind, dataclasses.replace(config, kind=kind), source.sha256)
@@ -85,9 +86,17 @@ def build_meta(config: ModelConfig, formulation: str) -> PreTrainedModel:
     auto = _auto_class(config, _kind(config, hf_config), formulation)
     with torch.device("meta"):
         model = _build(config, hf_config, auto, torch.float32)
-    model.config.use_cache = False
+    _freeze(model)
+    return model
+
+
+def _freeze(model: PreTrainedModel) -> None:
+    for module in model.modules():
+        # T5's stacks hold copies of the config
+        if isinstance(module, PreTrainedModel):
+            module.config.use_cache = False
     model.requires_grad_(False)
-    return model.eval()
+    model.eval()
 
 
 def _from_architecture(config: ModelConfig) -> PreTrainedConfig:
@@ -179,16 +188,31 @@ def _options(config: ModelConfig, hf_config: PreTrainedConfig, auto: Any) -> dic
 
 
 def _build(config: ModelConfig, hf_config: PreTrainedConfig, auto: Any, dtype: torch.dtype) -> PreTrainedModel:
-    with _seeded():
-        return auto.from_config(hf_config, dtype=dtype, **_options(config, hf_config, auto))
+    return auto.from_config(hf_config, dtype=dtype, **_options(config, hf_config, auto))
 
 
-@contextlib.contextmanager
-def _seeded() -> Iterator[None]:
-    # weights are made on the CPU, so only its generator is set and put back
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        yield
+def _random(
+    config: ModelConfig, hf_config: PreTrainedConfig, auto: Any, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """Random weights from a fixed seed; drawn in fp32 on the CPU they are alike on every machine and in every dtype.
+
+    Models of more than `LARGE` parameters are drawn on the device and in the dtype they are meant for, because that
+    takes seconds instead of minutes: their weights differ between kinds of device.
+    """
+    with torch.device("meta"):
+        large = _build(config, _from_architecture(config), auto, dtype).num_parameters() > LARGE
+    if not large:
+        device = torch.device("cpu")
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        if device.type == "cuda":
+            torch.cuda.manual_seed(SEED)
+        # not torch.manual_seed, which also sets the generators of devices that are not put back here
+        torch.default_generator.manual_seed(SEED)
+        model = _build(config, hf_config, auto, dtype if large else torch.float32)
+    # only parameters: tables of rotary frequencies stay in fp32, as they do in a loaded checkpoint
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 @contextlib.contextmanager
