@@ -1,0 +1,156 @@
+"""Which items each run sees at each step, and the tables of tokens they are gathered from.
+
+The sequence of length buckets follows from item lengths, batch size and epoch alone, so all runs of a pack are always in the same
+bucket and packing costs no padding. A run's seed permutes items within buckets. Every batch is padded to its bucket's longest
+item, whoever else is in the pack.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peftbench.tasks.base import Encoded
+
+BATCHES_PER_BUCKET = 8
+"""Batches drawn from one bucket per epoch: more mixes items of more different lengths, fewer pads less."""
+LENGTH_MULTIPLE = 8
+"""Bucket lengths are rounded up to a multiple of this."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Items of similar length: their indices and the length batches of them are padded to."""
+
+    items: np.ndarray
+    length: int
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One optimizer step's items: indices [R, B] on the host and the length T to pad to."""
+
+    items: np.ndarray
+    length: int
+    epoch: int
+
+
+def make_buckets(lengths: Sequence[int], batch_size: int, max_length: int) -> list[Bucket]:
+    """Cut items, sorted by length, into buckets of `BATCHES_PER_BUCKET` batches."""
+    order = np.argsort(np.asarray(lengths), kind="stable")
+    size = batch_size * BATCHES_PER_BUCKET
+    buckets = []
+    for start in range(0, len(order), size):
+        items = order[start : start + size]
+        longest = max(lengths[i] for i in items)
+        rounded = math.ceil(longest / LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        buckets.append(Bucket(items, max(longest, min(rounded, max_length))))
+    return buckets
+
+
+def steps_per_epoch(buckets: Sequence[Bucket], batch_size: int) -> int:
+    """Return how many batches one pass over all items takes."""
+    return sum(math.ceil(len(b.items) / batch_size) for b in buckets)
+
+
+def packed_batches(buckets: Sequence[Bucket], batch_size: int, seeds: Sequence[int], steps: int) -> Iterator[PackedBatch]:
+    """Yield `steps` batches for runs with these seeds, epoch after epoch.
+
+    Each epoch visits every item of every run once; only an epoch's last batch of a bucket may be smaller than `batch_size`.
+    """
+    done = 0
+    epoch = 0
+    while done < steps:
+        visits = [(b, k) for b, bucket in enumerate(buckets) for k in range(math.ceil(len(bucket.items) / batch_size))]
+        # Order of buckets: the same for every run, a function of epoch and number of batches.
+        visits = [visits[i] for i in np.random.default_rng([7, epoch, len(visits)]).permutation(len(visits))]
+        generators = [np.random.default_rng([11, seed, epoch]) for seed in seeds]
+        permuted = [[g.permutation(bucket.items) for bucket in buckets] for g in generators]
+        for b, k in visits:
+            if done == steps:
+                return
+            items = np.stack([run[b][k * batch_size : (k + 1) * batch_size] for run in permuted])
+            yield PackedBatch(items, buckets[b].length, epoch)
+            done += 1
+        epoch += 1
+
+
+class TokenTable:
+    """An encoded split as padded tensors on the device, from which batches are gathered without host work.
+
+    Columns: input_ids [n, L], lengths [n], optionally token_type_ids [n, L], targets [n], labels [n, L'] (−100: not trained on).
+    """
+
+    def __init__(self, encoded: Encoded, pad_id: int, device: torch.device | str, *, left: bool = False) -> None:
+        self.device = torch.device(device)
+        self.left = left
+        self.lengths = [len(ids) for ids in encoded.input_ids]
+        self._lengths = torch.tensor(self.lengths, device=self.device)
+        self.input_ids = self._pad(encoded.input_ids, pad_id)
+        self.token_type_ids = None if encoded.token_type_ids is None else self._pad(encoded.token_type_ids, 0)
+        self.targets = None if encoded.targets is None else torch.tensor(encoded.targets, device=self.device)
+        self.labels = None
+        self.label_lengths: list[int] = []
+        if encoded.labels is not None:
+            self.labels = self._pad(encoded.labels, -100)
+            self.label_lengths = [len(labels) for labels in encoded.labels]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def tensors(self) -> list[Tensor]:
+        """Return the table's columns."""
+        columns = (self.input_ids, self._lengths, self.token_type_ids, self.targets, self.labels)
+        return [c for c in columns if c is not None]
+
+    def _pad(self, rows: Sequence[Sequence[int]], value: int) -> Tensor:
+        width = max((len(r) for r in rows), default=0)
+        padded = np.full((len(rows), width), value, dtype=np.int32)
+        for i, row in enumerate(rows):
+            if self.left:
+                padded[i, width - len(row) :] = row
+            else:
+                padded[i, : len(row)] = row
+        return torch.from_numpy(padded).to(self.device)
+
+    def _cut(self, table: Tensor, items: Tensor, length: int) -> Tensor:
+        rows = table[items]
+        return (rows[:, -length:] if self.left else rows[:, :length]).long()
+
+    def gather(self, items: np.ndarray, length: int) -> dict[str, Tensor]:
+        """Return the batch of `items` (any shape, flattened to rows) padded to `length` tokens.
+
+        Keys: input_ids, attention_mask [rows, T]; where the split has them token_type_ids [rows, T], targets [rows], labels.
+        """
+        index = torch.from_numpy(np.ascontiguousarray(items.reshape(-1)))
+        if self.device.type == "cuda":
+            index = index.pin_memory().to(self.device, non_blocking=True)
+        length = min(length, self.input_ids.shape[1])
+        places = torch.arange(length, device=self.device)
+        lengths = self._lengths[index].unsqueeze(1)
+        mask = places >= length - lengths if self.left else places < lengths
+        batch = {"input_ids": self._cut(self.input_ids, index, length), "attention_mask": mask.long()}
+        if self.token_type_ids is not None:
+            batch["token_type_ids"] = self._cut(self.token_type_ids, index, length)
+        if self.targets is not None:
+            batch["targets"] = self.targets[index]
+        if self.labels is not None:
+            widest = max(self.label_lengths[i] for i in items.reshape(-1))
+            # A decoder-only model's labels lie over its input; an encoder-decoder's are a sequence of their own.
+            batch["labels"] = self._cut(self.labels, index, length if self.labels.shape == self.input_ids.shape else widest)
+        return batch
+
+
+def evaluation_batches(lengths: Sequence[int], rows: int, max_length: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield (items, length) covering every item once, by length, at most `rows` items a batch."""
+    order = np.argsort(np.asarray(lengths), kind="stable")
+    for start in range(0, len(order), rows):
+        items = order[start : start + rows]
+        longest = max(lengths[i] for i in items)
+        rounded = math.ceil(longest / LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        yield items, max(longest, min(rounded, max_length))

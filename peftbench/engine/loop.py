@@ -1,0 +1,90 @@
+"""The training loop: one for every method and every pack size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peftbench.engine.batches import PackedBatch, TokenTable
+from peftbench.engine.objectives import Objective
+from peftbench.engine.optimizer import PackedAdamW
+
+
+@dataclass
+class Trace:
+    """Loss per step and run, kept on the device until somebody asks."""
+
+    losses: list[Tensor] = field(default_factory=list)
+
+    def values(self) -> np.ndarray:
+        """Return losses [steps, R] on the host."""
+        return torch.stack(self.losses).cpu().numpy() if self.losses else np.zeros((0, 0))
+
+
+Evaluate = Callable[[int], bool]
+"""Called with the number of steps done; returns whether to go on."""
+
+
+def train_step(
+    objective: Objective,
+    optimizer: PackedAdamW,
+    table: TokenTable,
+    batch: PackedBatch,
+    *,
+    accumulation: int = 1,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Tensor:
+    """Make one optimizer step for all runs and return their losses [R], without waiting for the device."""
+    whole = table.gather(batch.items, batch.length) if accumulation == 1 else None
+    chunks = [whole] if whole is not None else _chunks(table, batch, accumulation)
+    counts = torch.stack([objective.count(c) for c in chunks]).sum(dim=0)
+    total: Tensor | None = None
+    for chunk in chunks:
+        with autocast():
+            losses = objective.loss_sum(chunk) / counts
+        # Runs own disjoint slices of every parameter, so the gradient of the sum is each run's own gradient.
+        losses.sum().backward()
+        total = losses.detach() if total is None else total + losses.detach()
+    assert total is not None
+    optimizer.step(total)
+    return total
+
+
+def _chunks(table: TokenTable, batch: PackedBatch, accumulation: int) -> list[dict[str, Tensor]]:
+    parts = np.array_split(batch.items, min(accumulation, batch.items.shape[1]), axis=1)
+    return [table.gather(part, batch.length) for part in parts]
+
+
+def train(
+    objective: Objective,
+    optimizer: PackedAdamW,
+    table: TokenTable,
+    batches: Sequence[PackedBatch],
+    *,
+    evaluate_at: frozenset[int],
+    evaluate: Evaluate,
+    accumulation: int = 1,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Trace:
+    """Train on `batches`, one optimizer step each, evaluating after the steps in `evaluate_at`."""
+    trace = Trace()
+    objective.train(True)
+    for step, batch in enumerate(batches, start=1):
+        trace.losses.append(
+            train_step(objective, optimizer, table, batch, accumulation=accumulation, autocast=autocast)
+        )
+        on_step(step)
+        if step in evaluate_at:
+            objective.train(False)
+            proceed = evaluate(step)
+            objective.train(True)
+            if not proceed:
+                break
+    objective.train(False)
+    return trace

@@ -1,0 +1,115 @@
+"""What a pack of runs minimises and what it predicts: a head on pooled states, or the next token of an answer.
+
+Losses come as sums and are divided by each run's own count of items (or answer tokens) in the *whole* step, so that gradient
+accumulation changes nothing. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from peftbench.engine.heads import PackedHead, pool
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+class Adapter(Protocol):
+    """What an objective needs of an adapter: its dropout's switch."""
+
+    def train(self, mode: bool = True) -> Any: ...
+
+
+class Objective(ABC):
+    """Loss per run and predictions of a pack of `runs` on `model`, whose rows come run by run."""
+
+    def __init__(self, model: nn.Module, runs: int, adapter: Adapter) -> None:
+        self.model = model
+        self.runs = runs
+        self.adapter = adapter
+
+    @abstractmethod
+    def count(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return what each run's loss is averaged over, [R]."""
+
+    @abstractmethod
+    def loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return each run's summed loss [R] on rows [R·B, ...]."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return trained parameters outside the adapter, each with a leading runs axis."""
+        return []
+
+    def train(self, mode: bool) -> None:
+        """Switch dropout on or off."""
+        self.model.train(mode)
+        self.adapter.train(mode)
+
+
+class HeadObjective(Objective):
+    """Cross-entropy over classes, or squared error where the head has one output, on a pooled representation."""
+
+    def __init__(self, model: nn.Module, adapter: Adapter, head: PackedHead, pooling: str) -> None:
+        super().__init__(model, head.runs, adapter)
+        self.head = head
+        self.pooling = pooling
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.head.parameters())
+
+    def train(self, mode: bool) -> None:
+        super().train(mode)
+        self.head.train(mode)
+
+    def count(self, batch: dict[str, Tensor]) -> Tensor:
+        rows = batch["input_ids"].shape[0] // self.runs
+        return torch.full((self.runs,), float(rows), device=batch["input_ids"].device)
+
+    def outputs(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the head's outputs [R, B, C] in fp32."""
+        out: Any = self.model(**{k: batch[k] for k in MODEL_INPUTS if k in batch})
+        pooled = pool(out.last_hidden_state, batch["attention_mask"], self.pooling, getattr(out, "pooler_output", None))
+        with torch.autocast(pooled.device.type, enabled=False):
+            return self.head(pooled)
+
+    def loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
+        outputs = self.outputs(batch)
+        targets = batch["targets"].reshape(self.runs, -1)
+        if outputs.shape[-1] == 1:
+            return (outputs.squeeze(-1) - targets.float()).square().sum(dim=1)
+        losses = nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
+        return losses.reshape(self.runs, -1).sum(dim=1)
+
+
+class TextObjective(Objective):
+    """Cross-entropy on answer tokens only; prompts and padding carry the label −100."""
+
+    def __init__(self, model: nn.Module, adapter: Adapter, runs: int, *, seq2seq: bool) -> None:
+        super().__init__(model, runs, adapter)
+        self.seq2seq = seq2seq
+
+    def count(self, batch: dict[str, Tensor]) -> Tensor:
+        labels = batch["labels"] if self.seq2seq else batch["labels"][:, 1:]
+        return (labels != -100).reshape(self.runs, -1).sum(dim=1).float().clamp(min=1)
+
+    def token_losses(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the cross-entropy of every label [rows, T], 0 where there is none."""
+        inputs = {k: batch[k] for k in MODEL_INPUTS if k in batch}
+        labels = batch["labels"]
+        if self.seq2seq:
+            decoder: Any = self.model
+            decoder_ids = decoder._shift_right(labels)
+            logits = self.model(**inputs, decoder_input_ids=decoder_ids, use_cache=False).logits
+        else:
+            logits = self.model(**inputs, use_cache=False).logits[:, :-1]
+            labels = labels[:, 1:]
+        flat = nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
+        )
+        return flat.reshape(labels.shape)
+
+    def loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.token_losses(batch).reshape(self.runs, -1).sum(dim=1)

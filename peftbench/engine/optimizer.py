@@ -1,0 +1,156 @@
+"""AdamW over a pack: one flat tensor [R, N] holds every run's parameters, and each run has its own rate, decay and clipping.
+
+    m ← β₁ m + (1 − β₁) g,   v ← β₂ v + (1 − β₂) g²,   θ ← θ − η (m̂ / (√v̂ + ε) + λ θ)
+
+Source: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2. As is usual, vectors (biases, norms, scales) do not decay. A run whose
+loss or gradient is no longer finite is frozen where it stands; its neighbours never notice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run's optimizer settings."""
+
+    learning_rate: float
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0
+    schedule: str = "linear"
+    warmup: float = 0.0
+
+
+def rate_factor(step: int, steps: int, schedule: str, warmup: float) -> float:
+    """Return the factor on the learning rate at `step` (from 0) of `steps`, `warmup` being a fraction of them.
+
+    Linear and cosine fall from 1 after the warm-up towards 0 at `steps`; constant stays at 1.
+    """
+    ramp = math.ceil(warmup * steps)
+    if step < ramp:
+        return (step + 1) / ramp
+    progress = (step - ramp) / max(steps - ramp, 1)
+    if schedule == "linear":
+        return 1 - progress
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    assert schedule == "constant", schedule
+    return 1.0
+
+
+class PackedAdamW:
+    """AdamW for parameters with a leading runs axis, plus (for a pack of one) parameters of the base itself.
+
+    Packed parameters become views of one flat tensor, so a step is a handful of kernels however many parameters there are.
+    The base's own parameters go through PyTorch's fused AdamW.
+    """
+
+    def __init__(
+        self,
+        packed: Sequence[nn.Parameter],
+        plain: Sequence[nn.Parameter],
+        recipes: Sequence[Recipe],
+        steps: int,
+        *,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        epsilon: float = 1e-8,
+    ) -> None:
+        if plain and len(recipes) > 1:
+            raise ValueError("parameters without a runs axis need a pack of one")
+        self.packed, self.plain, self.runs = list(packed), list(plain), len(recipes)
+        self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
+        device = (self.packed + self.plain)[0].device
+        table = [
+            [r.learning_rate * rate_factor(step, steps, r.schedule, r.warmup) for r in recipes] for step in range(steps)
+        ]
+        self.rates = table
+        """Learning rate by step and run, on the host."""
+        self._rates = torch.tensor(table, dtype=torch.float32, device=device).unsqueeze(-1)
+        self._clip = torch.tensor([r.clip_norm or math.inf for r in recipes], device=device)
+        self.alive = torch.ones(self.runs, dtype=torch.bool, device=device)
+        """Runs that have stayed finite so far [R]."""
+        self.step_count = 0
+        self._flatten(recipes, device)
+        self._fused = None
+        if self.plain:
+            recipe = recipes[0]
+            groups = [
+                {"params": [p for p in self.plain if p.dim() >= 2], "weight_decay": recipe.weight_decay},
+                {"params": [p for p in self.plain if p.dim() < 2], "weight_decay": 0.0},
+            ]
+            self._fused = torch.optim.AdamW(
+                [g for g in groups if g["params"]], lr=recipe.learning_rate, betas=(beta1, beta2), eps=epsilon, fused=True
+            )
+
+    @torch.no_grad()
+    def _flatten(self, recipes: Sequence[Recipe], device: torch.device) -> None:
+        sizes = [p[0].numel() for p in self.packed]
+        self.flat = torch.empty((self.runs, sum(sizes)), dtype=torch.float32, device=device)
+        decays = torch.zeros_like(self.flat[:1])
+        start = 0
+        for p, size in zip(self.packed, sizes, strict=True):
+            part = self.flat[:, start : start + size]
+            part.copy_(p.reshape(self.runs, size))
+            p.data = part.view(p.shape)
+            decays[:, start : start + size] = float(p.dim() > 2)
+            start += size
+        self._mean = torch.zeros_like(self.flat)
+        self._square = torch.zeros_like(self.flat)
+        rates = torch.tensor([r.weight_decay for r in recipes], device=device)
+        self._decay = decays * rates.unsqueeze(-1) if any(r.weight_decay for r in recipes) else None
+
+    def state_tensors(self) -> list[Tensor]:
+        """Return the tensors kept between steps."""
+        state = [self.flat, self._mean, self._square, self._rates]
+        if self._fused is not None:
+            state += [t for s in self._fused.state.values() for t in s.values() if isinstance(t, Tensor)]
+        return state
+
+    @torch.no_grad()
+    def step(self, losses: Tensor) -> None:
+        """Update every run that is still finite, from the gradients at hand, and clear them. `losses` [R] decides with them."""
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.packed]
+        grad = torch.cat([g.reshape(self.runs, -1) for g in grads], dim=1) if grads else self.flat
+        squares = grad.square().sum(dim=1)
+        plain_grads = [p.grad for p in self.plain if p.grad is not None]
+        if plain_grads:
+            squares = squares + torch.stack(torch._foreach_norm(plain_grads)).square().sum()
+        norms = squares.sqrt()
+        self.alive &= torch.isfinite(norms) & torch.isfinite(losses)
+        shrink = (self._clip / (norms + 1e-6)).clamp(max=1.0)
+        self._update_packed(grad, shrink.unsqueeze(-1))
+        if self._fused is not None:
+            self._update_plain(plain_grads, shrink)
+        for p in self.packed + self.plain:
+            p.grad = None
+        self.step_count += 1
+
+    def _update_packed(self, grad: Tensor, shrink: Tensor) -> None:
+        if not self.packed:
+            return
+        t = self.step_count + 1
+        alive = self.alive.unsqueeze(-1)
+        grad = torch.where(alive, grad * shrink, 0.0)
+        self._mean.lerp_(grad, 1 - self.beta1)
+        self._square.mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
+        root = (self._square / (1 - self.beta2**t)).sqrt_().add_(self.epsilon)
+        update = (self._mean / (1 - self.beta1**t)).div_(root)
+        if self._decay is not None:
+            update.addcmul_(self._decay, self.flat)
+        self.flat.sub_(torch.where(alive, update * self._rates[self.step_count], 0.0))
+
+    def _update_plain(self, grads: list[Tensor], shrink: Tensor) -> None:
+        assert self._fused is not None
+        torch._foreach_mul_(grads, shrink[0])
+        for group in self._fused.param_groups:
+            group["lr"] = self._rates[self.step_count, 0, 0]
+        # The fused kernel skips its update where this flag is 1: a run that is no longer finite stays put without a host sync.
+        self._fused.found_inf = 1.0 - self.alive[0].float()
+        self._fused.step()

@@ -1,0 +1,347 @@
+"""The library's public face: attach a method to any `transformers` model, train it, save it, merge it, take it off.
+
+    adapter = peftbench.attach(model, "lora", rank=8, alpha=16)
+    optimizer = torch.optim.AdamW(adapter.parameters())
+    ...
+    adapter.save("my-adapter")
+    adapter.detach()
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from peftbench.config import build
+from peftbench.errors import UserError, nearest
+from peftbench.methods.base import Delta, LinearDelta, Method, NormDelta, base_parameters
+from peftbench.methods.sites import Injection
+from peftbench.models.roles import Site
+
+WEIGHTS_FILE = "adapter.safetensors"
+CONFIG_FILE = "adapter.json"
+FORMAT_VERSION = 1
+
+
+def generator_for(purpose: str, seed: int) -> torch.Generator:
+    """Return a CPU generator that depends on purpose and seed alone."""
+    digest = hashlib.sha256(f"{purpose}:{seed}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+class Adapter:
+    """One method on one model, for all runs of a pack. Made by `attach`.
+
+    Attributes:
+        model: the model it sits on (frozen but for weights the method trains itself).
+        methods: one settings object a run, all of the same class.
+        deltas: site and delta, in the method's order.
+        trained: the base's own parameters that train, by name (only methods that cannot be packed have any).
+    """
+
+    def __init__(self, model: nn.Module, methods: Sequence[Method], seeds: Sequence[int]) -> None:
+        first = methods[0]
+        _check_pack(methods)
+        first_sites = first.sites(model)
+        for method in methods:
+            for site in first_sites:
+                method.check_site(site)
+        self.model = model
+        self.methods = list(methods)
+        self.runs = len(methods)
+        self.trained = first.trained_weights(model)
+        base = base_parameters(model)
+        self._flags = {name: p.requires_grad for name, p in base.items()}
+        # Methods that train the base itself leave it changed; the copy lives on the host to stay out of device memory.
+        self._originals = {name: p.detach().to("cpu", copy=True) for name, p in self.trained.items()}
+        self._unmerged: dict[str, Tensor] = {}
+        self._injection = Injection(self.runs)
+        generators = [generator_for("adapter", seed) for seed in seeds]
+        self.deltas: list[tuple[Site, Delta]] = []
+        for site in first_sites:
+            delta = first.delta(site, methods, generators)
+            device = next(site.module.parameters(), next(model.parameters())).device
+            self.deltas.append((site, delta.to(device)))
+        keys = [site.key for site, _ in self.deltas]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise UserError(f"{type(first).__name__}: its settings name {twice[0]!r} twice")
+        for p in base.values():
+            p.requires_grad_(False)
+        for p in self.trained.values():
+            p.requires_grad_(True)
+        try:
+            for site, delta in self.deltas:
+                self._injection.add(site, delta)
+        except BaseException:
+            self.detach()
+            raise
+        self._injection.watch(model)
+        self.train(model.training)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield name and parameter: deltas' [R, ...], then the base's own (no runs axis)."""
+        for site, delta in self.deltas:
+            for name, parameter in delta.named_parameters():
+                yield f"{site.key}.{name}", parameter
+        yield from self.trained.items()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return everything that trains."""
+        return [p for _, p in self.named_parameters()]
+
+    def packed_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that carry a leading runs axis."""
+        return [p for _, delta in self.deltas for p in delta.parameters()]
+
+    def parameter_count(self, run: int = 0) -> int:
+        """Return how many parameters `run` trains, padding left out."""
+        added = sum(t.numel() for _, delta in self.deltas for t in delta.run_state(run).values())
+        return added + sum(p.numel() for p in self.trained.values())
+
+    def state_dict(self, run: int = 0) -> dict[str, Tensor]:
+        """Return one run's trained tensors, without runs axis and padding, as copies."""
+        return {name: view.detach().clone().contiguous() for name, view in self._views(run).items()}
+
+    def _views(self, run: int) -> dict[str, Tensor]:
+        """Return one run's trained tensors as views."""
+        state = {
+            f"{site.key}.{name}": tensor for site, delta in self.deltas for name, tensor in delta.run_state(run).items()
+        }
+        return state | dict(self.trained)
+
+    def load_state_dict(self, state: dict[str, Tensor], run: int = 0) -> None:
+        """Copy one run's tensors in.
+
+        Raises:
+            UserError: a tensor is missing, unexpected, or of another shape.
+        """
+        expected = set(self.state_dict(run))
+        if expected != set(state):
+            odd = sorted(expected ^ set(state))[0]
+            raise UserError(f"adapter tensor {odd!r} is {'missing' if odd in expected else 'not part of this adapter'}")
+        for site, delta in self.deltas:
+            prefix = site.key + "."
+            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            delta.load_run_state(own, run)
+        with torch.no_grad():
+            for name, p in self.trained.items():
+                p.copy_(state[name])
+
+    def save(self, folder: str | Path, run: int = 0) -> Path:
+        """Write one run's adapter to `folder`: tensors (safetensors) and settings (json). Returns the tensor file's path."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        method = self.methods[run]
+        config = {
+            "format_version": FORMAT_VERSION,
+            "method": f"{type(method).__module__}.{type(method).__qualname__}",
+            "method_version": method.version,
+            "settings": method.settings(),
+            "model_type": getattr(getattr(self.model, "config", None), "model_type", None),
+        }
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+        path = folder / WEIGHTS_FILE
+        save_file({k: v.cpu() for k, v in self.state_dict(run).items()}, path)
+        return path
+
+    def checkpoint_bytes(self, run: int = 0) -> int:
+        """Return the size in bytes of the tensor file that `save` writes, without writing it (the safetensors format)."""
+        header: dict[str, Any] = {}
+        end = 0
+        for name, tensor in sorted(self._views(run).items(), key=lambda item: (-item[1].element_size(), item[0])):
+            start, end = end, end + tensor.numel() * tensor.element_size()
+            kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}[tensor.dtype]
+            header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        length = len(json.dumps(header, separators=(",", ":")))
+        return 8 + -(-length // 8) * 8 + end
+
+    def to(self, *args: Any, **kwargs: Any) -> Adapter:
+        """Move the adapter's own tensors, as `torch.nn.Module.to` does."""
+        for _, delta in self.deltas:
+            delta.to(*args, **kwargs)
+        return self
+
+    def train(self, mode: bool = True) -> Adapter:
+        """Switch the adapter's dropout on or off."""
+        for _, delta in self.deltas:
+            delta.train(mode)
+        return self
+
+    def eval(self) -> Adapter:
+        """Switch the adapter's dropout off."""
+        return self.train(False)
+
+    @contextmanager
+    def enabled(self, active: bool = True) -> Iterator[None]:
+        """Let the adapter act, or not, within the context: `with adapter.enabled(False): ...` gives the bare model.
+
+        Raises:
+            UserError: switched off while merged, or for a method that trains the base's own weights.
+        """
+        if not active and (self._unmerged or self.trained):
+            raise UserError("a merged adapter, or one that trains the base itself, cannot be switched off: detach it")
+        with self._injection.switched(active):
+            yield
+
+    @torch.no_grad()
+    def merge(self, run: int = 0) -> None:
+        """Fold one run into the base's weights and stop acting through hooks; the original weights are kept aside.
+
+        Raises:
+            UserError: the method declares that it cannot be merged, or a run is merged already.
+        """
+        if not self.methods[run].traits.mergeable:
+            raise UserError(f"{type(self.methods[run]).__name__} cannot be merged into the base's weights")
+        if self._unmerged:
+            raise UserError("a run is merged already: unmerge() first")
+        modules = dict(self.model.named_modules())
+        for site, delta in self.deltas:
+            module = modules[site.name]
+            for name in ("weight", "bias"):
+                tensor = getattr(module, name, None)
+                if tensor is not None:
+                    self._unmerged.setdefault(f"{site.name}.{name}", tensor.detach().clone())
+            if isinstance(delta, LinearDelta):
+                _merge_linear(site, module, delta, run)
+            elif isinstance(delta, NormDelta):
+                for name, value in delta.run_state(run).items():
+                    getattr(module, name).copy_(value)
+            else:
+                raise AssertionError(f"{type(delta).__name__} declares itself mergeable but has no weights to merge into")
+        self._injection.active = False
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base's original weights back, exactly, and act through hooks again."""
+        for name, tensor in self._unmerged.items():
+            self.model.get_parameter(name).copy_(tensor)
+        self._unmerged.clear()
+        self._injection.active = True
+
+    @torch.no_grad()
+    def detach(self) -> nn.Module:
+        """Take the adapter off: hooks gone, weights and gradient flags as they were, bit for bit. Returns the model."""
+        self.unmerge()
+        self._injection.remove()
+        for name, tensor in self._originals.items():
+            self.trained[name].copy_(tensor)
+            self.trained[name].grad = None
+        for name, p in base_parameters(self.model).items():
+            p.requires_grad_(self._flags[name])
+        return self.model
+
+
+def _merge_linear(site: Site, module: nn.Module, delta: LinearDelta, run: int) -> None:
+    """Write frozen map plus delta into the site's slice of `module`'s weight and bias."""
+    rows: Any = slice(None) if site.columns is None else site.columns
+    rows = list(rows) if isinstance(rows, tuple) else rows
+    weight: Any = module.weight.T if site.transposed else module.weight
+    bias: Any = module.bias
+    new_weight, new_bias = delta.merged(weight[rows], None if bias is None else bias[rows], run)
+    weight[rows] = new_weight.to(weight.dtype)
+    if new_bias is not None:
+        if bias is None:
+            raise UserError(f"{site.name} has no bias to merge into")
+        bias[rows] = new_bias.to(bias.dtype)
+
+
+def _check_pack(methods: Sequence[Method]) -> None:
+    first = methods[0]
+    if len(methods) > 1 and not first.traits.packable:
+        raise UserError(f"{type(first).__name__} trains the base itself: it cannot share it between {len(methods)} runs")
+    for method in methods[1:]:
+        differing = [k for k, v in first.settings().items() if method.settings().get(k) != v]
+        if type(method) is not type(first) or set(differing) - first.traits.free_in_pack:
+            raise UserError(f"runs of one pack may differ in {sorted(first.traits.free_in_pack)}, not in {differing}")
+
+
+def named_method(name: str, settings: dict[str, Any]) -> Method:
+    """Build the method of `conf/method/<name>.yaml` with `settings` over the yaml's own.
+
+    Raises:
+        UserError: unknown name or setting, wrong type, value out of range.
+    """
+    # The registry reads the vocabulary through Hydra, which a library user who passes objects need not import.
+    from peftbench import registry
+
+    return cast(Method, registry.build_method({**registry.section("method", name), **settings}))
+
+
+def _saved_class(path: str) -> type[Method]:
+    """Return the method class that a saved adapter names, from this package or among the classes already imported."""
+    module = path.rpartition(".")[0]
+    if module.startswith("peftbench.methods.") and importlib.util.find_spec(module) is not None:
+        importlib.import_module(module)
+    known: dict[str, type[Method]] = {}
+    pending: list[type[Method]] = [Method]
+    while pending:
+        cls = pending.pop()
+        known[f"{cls.__module__}.{cls.__qualname__}"] = cls
+        pending.extend(cls.__subclasses__())
+    if path not in known:
+        raise UserError(f"adapter method {path!r} is not known here{nearest(path, known)}; import its module first")
+    return known[path]
+
+
+def attach(
+    model: nn.Module,
+    method: str | Method | Sequence[Method],
+    runs: int = 1,
+    seeds: Sequence[int] | None = None,
+    **settings: Any,
+) -> Adapter:
+    """Freeze `model` and put a PEFT method on it.
+
+    Args:
+        model: any `transformers` model with a role table (see `peftbench.models.roles`), or any model if `targets` names modules.
+            A packed model expects batches of rows ordered run by run, [runs·batch, ...].
+        method: a method's name ("lora"), a settings object, or one settings object a run.
+        runs: how many independent adapters share the base, when `method` is not a sequence.
+        seeds: one seed a run for the adapter's initial values; 0, 1, ... by default.
+        settings: settings for a method given by name, e.g. `rank=8, targets=["attention.query"]`.
+
+    Raises:
+        UserError: unknown method or setting, settings that do not fit the model, runs that cannot share a pack.
+    """
+    if isinstance(method, str):
+        method = named_method(method, settings)
+    elif settings:
+        raise UserError(f"settings {sorted(settings)} go with a method's name; the object given has its own")
+    if runs < 1:
+        raise UserError(f"runs={runs}: expected at least 1")
+    methods = [method] * runs if isinstance(method, Method) else list(method)
+    seeds = range(len(methods)) if seeds is None else seeds
+    if len(seeds) != len(methods):
+        raise UserError(f"{len(seeds)} seeds for {len(methods)} runs: expected one seed a run")
+    return Adapter(model, methods, list(seeds))
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> Adapter:
+    """Attach the adapter saved in `folder` to `model`.
+
+    Raises:
+        UserError: the folder holds no adapter, or one that does not fit the model.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        state = load_file(folder / WEIGHTS_FILE)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: no readable adapter ({CONFIG_FILE} and {WEIGHTS_FILE} expected): {error}") from error
+    adapter = attach(model, build(_saved_class(config["method"]), config["settings"], "method"))
+    try:
+        adapter.load_state_dict(state)
+    except UserError:
+        adapter.detach()
+        raise
+    return adapter

@@ -1,0 +1,267 @@
+"""Injection: put a delta into a frozen model at a site, and take it out again without a trace.
+
+A packed model sees rows run by run, [R·B, T, D]; deltas see [R, N, D]. Every hook is a torch hook or an instance attribute that
+shadows a method, so removing it gives the model back unchanged. Attention sites go through the attention interface of
+`transformers`; a site whose hook was not called during a forward pass raises instead of passing silently.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftbench.errors import UserError
+from peftbench.methods.base import AttentionDelta, Delta, EmbeddingDelta, HiddenDelta, LinearDelta, NormDelta
+from peftbench.models import attention
+from peftbench.models.roles import EmbeddingSite, Site, first_input
+
+@dataclass
+class Injection:
+    """The hooks of one adapter: whether they act, which have been called, how to remove them."""
+
+    runs: int
+    active: bool = True
+    required: set[str] = field(default_factory=set)
+    """Names of sites that must be called in every forward pass."""
+    called: set[str] = field(default_factory=set)
+    undo: list[Callable[[], None]] = field(default_factory=list)
+
+    def add(self, site: Site, delta: Delta) -> None:
+        """Put `delta` in at `site`."""
+        if isinstance(delta, LinearDelta):
+            _linear(self, site, delta)
+        elif isinstance(delta, HiddenDelta):
+            _hidden(self, site, delta)
+        elif isinstance(delta, NormDelta):
+            _norm(self, site, delta)
+        elif isinstance(delta, EmbeddingDelta):
+            assert isinstance(site, EmbeddingSite)
+            _embedding(self, site, delta)
+        elif isinstance(delta, AttentionDelta):
+            _attention(self, site, delta)
+        else:
+            raise AssertionError(f"no site takes a {type(delta).__name__}")
+
+    def watch(self, model: nn.Module) -> None:
+        """Raise after any forward pass of `model` in which a required site was not called."""
+
+        def begin(*_: Any) -> None:
+            self.called.clear()
+
+        def end(*_: Any) -> None:
+            if self.active and self.required - self.called:
+                missing = ", ".join(sorted(self.required - self.called)[:3])
+                raise UserError(f"the model never called the adapter at {missing}; this architecture cannot take it")
+
+        if self.required:
+            self.undo.append(model.register_forward_pre_hook(begin, prepend=True).remove)
+            self.undo.append(model.register_forward_hook(end).remove)
+
+    def remove(self) -> None:
+        """Take every hook out, last in first out."""
+        while self.undo:
+            self.undo.pop()()
+
+    @contextmanager
+    def switched(self, active: bool) -> Iterator[None]:
+        """Let the hooks act, or not, within the context."""
+        before, self.active = self.active, active
+        try:
+            yield
+        finally:
+            self.active = before
+
+    def split(self, x: Tensor) -> Tensor:
+        """View rows [R·B, ..., D] as [R, N, D]."""
+        if x.shape[0] % self.runs:
+            raise UserError(f"a batch of {x.shape[0]} rows does not divide into the adapter's {self.runs} runs")
+        return x.reshape(self.runs, -1, x.shape[-1])
+
+
+def _overrides(delta: LinearDelta, name: str) -> bool:
+    return getattr(type(delta), name) is not getattr(LinearDelta, name)
+
+
+def _linear(injection: Injection, site: Site, delta: LinearDelta) -> None:
+    columns = site.columns if site.columns is None or isinstance(site.columns, slice) else list(site.columns)
+
+    def pre(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not injection.active:
+            return None
+        x = args[0]
+        return (delta.before(injection.split(x)).reshape(x.shape), *args[1:])
+
+    def post(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor | None:
+        if not injection.active:
+            return None
+        x = injection.split(args[0])
+        if columns is None:
+            return delta.after(x, injection.split(y)).reshape(y.shape)
+        part = y[..., columns]
+        whole = y.clone()
+        whole[..., columns] = delta.after(x, injection.split(part)).reshape(part.shape)
+        return whole
+
+    if _overrides(delta, "before"):
+        injection.undo.append(site.module.register_forward_pre_hook(pre).remove)
+    if _overrides(delta, "after"):
+        injection.undo.append(site.module.register_forward_hook(post).remove)
+
+
+def _hidden(injection: Injection, site: Site, delta: HiddenDelta) -> None:
+    seen: dict[str, Tensor] = {}
+
+    def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen["inputs"] = first_input(args, kwargs)
+
+    def post(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not injection.active:
+            return None
+        hidden = output[0] if isinstance(output, tuple) else output
+        changed = delta(injection.split(seen.pop("inputs")), injection.split(hidden)).reshape(hidden.shape)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    assert site.source is not None
+    injection.undo.append(site.source.register_forward_pre_hook(remember, with_kwargs=True).remove)
+    injection.undo.append(site.module.register_forward_hook(post).remove)
+
+
+def _norm(injection: Injection, site: Site, delta: NormDelta) -> None:
+    module = site.module
+    original = module.forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not injection.active:
+            return cast(Tensor, original(x, *args, **kwargs))
+        flat = injection.split(x)
+        weight = getattr(delta, "weight", None)
+        bias = getattr(delta, "bias", None)
+        weight = module.weight.unsqueeze(0) if weight is None else weight
+        if bias is None and getattr(module, "bias", None) is not None:
+            bias = cast(Tensor, module.bias).unsqueeze(0)
+        y = normalize(module, flat.float()) * (weight.float() + site.offset).unsqueeze(1)
+        if bias is not None:
+            y = y + bias.float().unsqueeze(1)
+        return y.to(x.dtype).reshape(x.shape)
+
+    module.forward = forward  # type: ignore[method-assign]
+    injection.undo.append(lambda: module.__dict__.pop("forward", None))
+
+
+def normalize(module: nn.Module, x: Tensor) -> Tensor:
+    """Normalise x [..., D] as `module` does (LayerNorm or RMS norm), without its affine part."""
+    if isinstance(module, nn.LayerNorm):
+        return nn.functional.layer_norm(x, module.normalized_shape, None, None, module.eps)
+    epsilon = next((getattr(module, n) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)), None)
+    if epsilon is None:
+        raise UserError(f"normalisation {type(module).__name__} is not known: neither LayerNorm nor an RMS norm with eps")
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+
+
+def _embedding(injection: Injection, site: EmbeddingSite, delta: EmbeddingDelta) -> None:
+    """Prepend P virtual tokens where ids become embeddings; cut them off where the sequence leaves.
+
+    With a key-value cache that already holds the virtual tokens (generation after its first step) only mask and positions grow.
+    """
+    takes_positions = "position_ids" in inspect.signature(type(site.input_module).forward).parameters
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if not injection.active:
+            return args, kwargs
+        kwargs = dict(kwargs)
+        if args:
+            kwargs["input_ids"] = args[0]
+        if len(args) > 1:
+            kwargs["attention_mask"] = args[1]
+        prompt = delta.prompt()
+        length = prompt.shape[1]
+        embeddings = kwargs.get("inputs_embeds")
+        if embeddings is None:
+            embeddings = site.module(kwargs.pop("input_ids"))
+        kwargs.pop("input_ids", None)
+        rows, tokens, width = embeddings.shape
+        past = kwargs.get("past_key_values")
+        cached = past.get_seq_length() if past is not None and hasattr(past, "get_seq_length") else 0
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            mask = embeddings.new_ones((rows, max(cached - length, 0) + tokens), dtype=torch.long)
+        kwargs["attention_mask"] = torch.cat([mask.new_ones((rows, length)), mask], dim=1)
+        positions = kwargs.get("position_ids")
+        if cached == 0:
+            room = site.max_positions
+            if room is not None and length + tokens > room:
+                raise UserError(f"a prompt of {length} and {tokens} tokens exceed the model's {room} positions")
+            front = prompt.to(embeddings.dtype).repeat_interleave(rows // injection.runs, dim=0)
+            embeddings = torch.cat([front, embeddings], dim=1)
+            if kwargs.get("token_type_ids") is not None:
+                types = kwargs["token_type_ids"]
+                kwargs["token_type_ids"] = torch.cat([types.new_zeros((rows, length)), types], dim=1)
+            if positions is not None and takes_positions:
+                own = torch.arange(length, device=positions.device).expand(positions.shape[0], -1)
+                kwargs["position_ids"] = torch.cat([own, positions + length], dim=1)
+        elif positions is not None:
+            kwargs["position_ids"] = positions + length
+        kwargs.pop("cache_position", None)
+        kwargs["inputs_embeds"] = embeddings
+        injection.called.add(site.name)
+        latest["cut"] = length if cached == 0 else 0
+        return (), kwargs
+
+    latest: dict[str, int] = {"cut": 0}
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        cut = latest["cut"]
+        if not injection.active or not cut:
+            return None
+        if isinstance(output, Tensor):
+            return output[:, cut:]
+        if isinstance(output, tuple):
+            return (output[0][:, cut:], *output[1:])
+        output.last_hidden_state = output.last_hidden_state[:, cut:]
+        if getattr(output, "hidden_states", None) is not None:
+            output.hidden_states = tuple(h[:, cut:] for h in output.hidden_states)
+        return output
+
+    def widen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        mask = kwargs.get("encoder_attention_mask")
+        if injection.active and mask is not None:
+            length = delta.prompt().shape[1]
+            kwargs = {**kwargs, "encoder_attention_mask": torch.cat([mask.new_ones((len(mask), length)), mask], dim=1)}
+        return args, kwargs
+
+    injection.undo.append(site.input_module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+    if site.decoder_module is not None:
+        # An encoder's virtual tokens stay in the sequence that the decoder attends to.
+        injection.undo.append(site.decoder_module.register_forward_pre_hook(widen, with_kwargs=True).remove)
+    else:
+        injection.undo.append(site.output_module.register_forward_hook(leave).remove)
+    injection.required.add(site.name)
+
+
+def _attention(injection: Injection, site: Site, delta: AttentionDelta) -> None:
+    def prefixed(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
+        injection.called.add(site.name)
+        if not injection.active:
+            return key, value, 0
+        rows = key.shape[0]
+        front_key, front_value = delta.prefix()
+        length = front_key.shape[1]
+
+        def widen(front: Tensor, own: Tensor) -> Tensor:
+            front = front.to(own.dtype).transpose(1, 2).repeat_interleave(rows // injection.runs, dim=0)
+            return torch.cat([front, own], dim=2)
+
+        return widen(front_key, key), widen(front_value, value), length
+
+    site.module.__dict__[attention.PREFIX] = prefixed
+    injection.undo.append(lambda: site.module.__dict__.pop(attention.PREFIX, None))
+    injection.required.add(site.name)
+    config: Any = site.module.config
+    before = attention.use(config)
+    injection.undo.append(lambda: setattr(config, "_attn_implementation", before))
