@@ -85,7 +85,7 @@ def build_meta(config: ModelConfig, formulation: str) -> PreTrainedModel:
         hf_config = _from_architecture(config)
     auto = _auto_class(config, _kind(config, hf_config), formulation)
     with torch.device("meta"):
-        model = _build(config, hf_config, auto, torch.float32)
+        model = auto.from_config(hf_config, dtype=torch.float32, **_options(config, hf_config, auto))
     _freeze(model)
     return model
 
@@ -187,10 +187,6 @@ def _options(config: ModelConfig, hf_config: PreTrainedConfig, auto: Any) -> dic
     return options
 
 
-def _build(config: ModelConfig, hf_config: PreTrainedConfig, auto: Any, dtype: torch.dtype) -> PreTrainedModel:
-    return auto.from_config(hf_config, dtype=dtype, **_options(config, hf_config, auto))
-
-
 def _random(
     config: ModelConfig, hf_config: PreTrainedConfig, auto: Any, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
@@ -199,8 +195,9 @@ def _random(
     Models of more than `LARGE` parameters are drawn on the device and in the dtype they are meant for, because that
     takes seconds instead of minutes: their weights differ between kinds of device.
     """
+    options = _options(config, hf_config, auto)
     with torch.device("meta"):
-        large = _build(config, _from_architecture(config), auto, dtype).num_parameters() > LARGE
+        large = auto.from_config(_from_architecture(config), **options).num_parameters() > LARGE
     if not large:
         device = torch.device("cpu")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
@@ -208,7 +205,7 @@ def _random(
             torch.cuda.manual_seed(SEED)
         # not torch.manual_seed, which also sets the generators of devices that are not put back here
         torch.default_generator.manual_seed(SEED)
-        model = _build(config, hf_config, auto, dtype if large else torch.float32)
+        model = auto.from_config(hf_config, dtype=dtype if large else torch.float32, **options)
     # only parameters: tables of rotary frequencies stay in fp32, as they do in a loaded checkpoint
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
