@@ -1,7 +1,7 @@
 """From a grid to points, and from resolved runs to packs; pure, no torch.
 
 A *grid* maps keys to lists of values: the groups (``model``, ``method``, ``task``, ``train``, ``profile``) to names of
-options, dotted keys (``method.rank``), ``seed`` and ``protocol`` to plain values. A *point* is one choice for every key.
+options, dotted keys (``method.rank``), ``seed`` and ``protocol`` to plain values. A *point* is a choice for each key.
 What a method does not declare is left out before the product is taken: no point holds a key that means nothing to it.
 """
 

@@ -35,11 +35,10 @@ def experiment(name: str) -> tuple[list[dict[str, list[Any]]], dict[str, dict[st
         ) from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a mapping with grids")
-    for key in content:
+    for key in map(str, content):
         if key not in EXPERIMENT_KEYS:
-            raise UserError(
-                f"{path}: {key}: no such key{nearest(str(key), EXPERIMENT_KEYS)} (valid: {', '.join(EXPERIMENT_KEYS)})"
-            )
+            valid = ", ".join(EXPERIMENT_KEYS)
+            raise UserError(f"{path}: {key}: no such key{nearest(key, EXPERIMENT_KEYS)} (valid: {valid})")
     grids, common, per_method = content.get("grids"), content.get("common") or {}, content.get("per_method") or {}
     if not isinstance(grids, list) or not grids or not all(isinstance(g, Mapping) for g in grids):
         raise UserError(f"{path}: grids: expected a list of mappings from key to value or list of values")
@@ -207,11 +206,14 @@ class Resolver:
         return point
 
     def sharing(self, spec: RunSpec) -> tuple[bool, frozenset[str]]:
-        """Tell whether the run's method can be packed, and which of its settings may differ in a pack."""
+        """Tell whether the run can be packed, and which of its method's settings may differ in a pack."""
+        from peftbench.models.roles import packable
+
         cls = self._once(
             ("class", spec.method["_target_"]), lambda: registry.load_class(spec.method["_target_"], "method")
         )
-        return cls.traits.packable, frozenset(cls.traits.free_in_pack)
+        family = spec.model.get("family") or (spec.model.get("architecture") or {}).get("model_type")
+        return cls.traits.packable and packable(family), frozenset(cls.traits.free_in_pack)
 
 
 def _set(mapping: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:

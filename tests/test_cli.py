@@ -306,7 +306,7 @@ def test_two_processes_share_one_sweep(here):
 
 def test_a_thousand_points_are_planned_in_seconds(here, monkeypatch):
     arguments = ["sweep", "model=tiny-bert", "task=tiny", "method=lora,houlsby,ia3", "seed=range(0,40)"]
-    arguments += ["method.rank=1,2,4,8", "train.learning_rate=1e-4,3e-4,1e-3,3e-3,1e-2"]
+    arguments += ["method.rank=1,2,4,8", "method.bottleneck=8", "train.learning_rate=1e-4,3e-4,1e-3,3e-3,1e-2"]
     start = time.monotonic()
     planned = resolve.plan(resolve.demand(parse(arguments[1:]).grid, None), "cpu")
     packs = planned.packs(planned.specs, 8)

@@ -100,7 +100,10 @@ def tasks(as_json: bool) -> int:
         return _print_json(rows)
     lines = []
     for row in rows:
-        counts = ", ".join(f"{k} {v}" for k, v in (row.get("rows") or {}).items()) or row.get("missing", "–")
+        counts = (
+            ", ".join(f"{k} {v}" for k, v in (row.get("rows") or {}).items())
+            or row.get("missing", "–").partition(";")[0]
+        )
         part = " (a part of it)" if row.get("subset") else ""
         lines.append(
             [row["name"], _short(row["metric"]), _short(row["formulation"]), f"{row.get('source', '–')}{part}", counts]

@@ -36,7 +36,7 @@ settings:  method.rank= method.alpha= ...  train.steps= train.epochs= train.batc
 the sweep: experiment=  results=<folder>  sweep.name=<name>  pack=auto|<n>  device=auto|cpu|cuda
            retry_failed=true
 
-Records go to <results>/<sweep.name>/runs/<run_id>.json. Interrupt at any time; the same command goes on where it stopped.
+Records go to <results>/<sweep.name>/runs/<run_id>.json. Interrupt at any time; the same command resumes.
 exit code: 0 all runs completed, 1 some failed, 2 bad input, 130 interrupted"""
 
 RUN_HELP = """\
