@@ -100,7 +100,9 @@ class Setting:
     def recipes(self) -> list[Recipe]:
         """Return each run's optimizer settings."""
         configs = [build(TrainConfig, s.train, "train") for s in self.specs]
-        return [Recipe(cast(float, c.learning_rate), c.weight_decay, c.clip_norm, c.schedule, c.warmup) for c in configs]
+        return [
+            Recipe(cast(float, c.learning_rate), c.weight_decay, c.clip_norm, c.schedule, c.warmup) for c in configs
+        ]
 
 
 _backbones: dict[str, Backbone] = {}
@@ -109,7 +111,9 @@ _backbones: dict[str, Backbone] = {}
 def _backbone(setting: Setting) -> Backbone:
     """Return the frozen base, loading it unless it is the one used last; one base at a time stays in memory."""
     first = setting.specs[0]
-    key = json.dumps([first.model, setting.task.formulation, str(setting.base_dtype), str(setting.device)], sort_keys=True)
+    key = json.dumps(
+        [first.model, setting.task.formulation, str(setting.base_dtype), str(setting.device)], sort_keys=True
+    )
     if key not in _backbones:
         _backbones.clear()
         _free(setting.device)
@@ -158,9 +162,7 @@ class Assembly:
         if not packed and not plain:
             raise UserError("nothing trains: this method has no parameters and the task no head")
         c = self.setting.train
-        return PackedAdamW(
-            packed, plain, self.setting.recipes, steps, beta1=c.beta1, beta2=c.beta2, epsilon=c.epsilon
-        )
+        return PackedAdamW(packed, plain, self.setting.recipes, steps, beta1=c.beta1, beta2=c.beta2, epsilon=c.epsilon)
 
 
 @contextmanager
@@ -193,8 +195,8 @@ def _assembled(setting: Setting) -> Iterator[Assembly]:
 def _head(setting: Setting, backbone: Backbone, seeds: Sequence[int]) -> PackedHead:
     config: Any = backbone.model.config
     own = getattr(config, "classifier_dropout", None)
-    own = getattr(config, "hidden_dropout_prob", 0.0) if own is None else own
-    dropout = own if setting.train.dropout is None else setting.train.dropout
+    own = getattr(config, "hidden_dropout_prob", None) if own is None else own
+    dropout = setting.train.dropout if setting.train.dropout is not None else float(own or 0.0)
     generators = [generator_for("head", seed) for seed in seeds]
     head = PackedHead(backbone.config.head, config.hidden_size, setting.task.num_labels, generators, dropout)
     return head.to(setting.device)
@@ -217,7 +219,12 @@ def _trial(alone: Setting, encoded: Encoded) -> Iterator[Trial]:
 
         def step() -> Tensor:
             return train_step(
-                assembly.objective, optimizer, table, batch, accumulation=alone.train.accumulation, autocast=alone.autocast
+                assembly.objective,
+                optimizer,
+                table,
+                batch,
+                accumulation=alone.train.accumulation,
+                autocast=alone.autocast,
             )
 
         def existing() -> Iterable[Tensor]:
@@ -275,7 +282,7 @@ def _matrices(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _cost(alone: Setting, store: Store, encoded: Encoded, listener: Listener) -> dict[str, Any]:
-    """Return one run's cost: the kept profile of its configuration, or one measured now and kept, plus what is this task's."""
+    """Return one run's cost: its configuration's kept profile, or one measured now, plus what is this task's own."""
     spec = alone.specs[0]
     profile = build(ProfileConfig, spec.profile, "profile")
     key = profile_id(spec, alone.methods[0].traits.cost_free)
@@ -358,7 +365,9 @@ def _split(assembly: Assembly, rows: list[dict[str, Any]]) -> Split:
         )
     else:
         assert task.evaluation == "loss", task.evaluation
-        evaluator = evaluation.LossEvaluator(objective, table=TokenTable(task.encode(*encode), pad, setting.device), **common)
+        evaluator = evaluation.LossEvaluator(
+            objective, table=TokenTable(task.encode(*encode), pad, setting.device), **common
+        )
     return Split(evaluator, task.references(rows))
 
 
@@ -512,8 +521,8 @@ def _trace(losses: np.ndarray, rates: Sequence[float]) -> dict[str, Any]:
 def run_pack(specs: Sequence[RunSpec], store: Store, listener: Listener) -> list[RunRecord]:
     """Train the runs of one pack side by side, write a record for each, and return them.
 
-    A pack that fails or runs out of memory gives records that say so; mistakes a user can mend are records too, since the rest
-    of the sweep goes on. Only a full disk or an interrupt leaves without records.
+    A pack that fails or runs out of memory gives records that say so; mistakes a user can mend are records too, since
+    the rest of the sweep goes on. Only a full disk or an interrupt leaves without records.
     """
     costs: list[dict[str, Any] | None] = [None] * len(specs)
     try:

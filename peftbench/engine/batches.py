@@ -1,8 +1,8 @@
 """Which items each run sees at each step, and the tables of tokens they are gathered from.
 
-The sequence of length buckets follows from item lengths, batch size and epoch alone, so all runs of a pack are always in the same
-bucket and packing costs no padding. A run's seed permutes items within buckets. Every batch is padded to its bucket's longest
-item, whoever else is in the pack.
+The sequence of length buckets follows from item lengths, batch size and epoch alone, so all runs of a pack are always
+in the same bucket and packing costs no padding. A run's seed permutes items within buckets. Every batch is padded to
+its bucket's longest item, whoever else is in the pack.
 """
 
 from __future__ import annotations
@@ -58,10 +58,13 @@ def steps_per_epoch(buckets: Sequence[Bucket], batch_size: int) -> int:
     return sum(math.ceil(len(b.items) / batch_size) for b in buckets)
 
 
-def packed_batches(buckets: Sequence[Bucket], batch_size: int, seeds: Sequence[int], steps: int) -> Iterator[PackedBatch]:
+def packed_batches(
+    buckets: Sequence[Bucket], batch_size: int, seeds: Sequence[int], steps: int
+) -> Iterator[PackedBatch]:
     """Yield `steps` batches for runs with these seeds, epoch after epoch.
 
-    Each epoch visits every item of every run once; only an epoch's last batch of a bucket may be smaller than `batch_size`.
+    Each epoch visits every item of every run once; only an epoch's last batch of a bucket may be smaller than
+    `batch_size`.
     """
     done = 0
     epoch = 0
@@ -83,7 +86,8 @@ def packed_batches(buckets: Sequence[Bucket], batch_size: int, seeds: Sequence[i
 class TokenTable:
     """An encoded split as padded tensors on the device, from which batches are gathered without host work.
 
-    Columns: input_ids [n, L], lengths [n], optionally token_type_ids [n, L], targets [n], labels [n, L'] (−100: not trained on).
+    Columns: input_ids [n, L], lengths [n], optionally token_type_ids [n, L], targets [n], labels [n, L'] (−100: not
+    trained on).
     """
 
     def __init__(self, encoded: Encoded, pad_id: int, device: torch.device | str, *, left: bool = False) -> None:
@@ -125,7 +129,8 @@ class TokenTable:
     def gather(self, items: np.ndarray, length: int) -> dict[str, Tensor]:
         """Return the batch of `items` (any shape, flattened to rows) padded to `length` tokens.
 
-        Keys: input_ids, attention_mask [rows, T]; where the split has them token_type_ids [rows, T], targets [rows], labels.
+        Keys: input_ids, attention_mask [rows, T]; where the split has them token_type_ids [rows, T], targets [rows],
+        labels.
         """
         index = torch.from_numpy(np.ascontiguousarray(items.reshape(-1)))
         if self.device.type == "cuda":
@@ -142,7 +147,9 @@ class TokenTable:
         if self.labels is not None:
             widest = max(self.label_lengths[i] for i in items.reshape(-1))
             # A decoder-only model's labels lie over its input; an encoder-decoder's are a sequence of their own.
-            batch["labels"] = self._cut(self.labels, index, length if self.labels.shape == self.input_ids.shape else widest)
+            batch["labels"] = self._cut(
+                self.labels, index, length if self.labels.shape == self.input_ids.shape else widest
+            )
         return batch
 
 

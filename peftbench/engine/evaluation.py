@@ -1,4 +1,4 @@
-"""Predictions of a whole pack on one split: classes or values, the likeliest candidate answer, generated text, or held-out loss."""
+"""Predictions of a pack on one split: labels, the likeliest candidate answer, generated text, or held-out loss."""
 
 from __future__ import annotations
 

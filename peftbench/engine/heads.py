@@ -18,8 +18,8 @@ def pool(hidden: Tensor, mask: Tensor, how: str, pooled: Tensor | None = None) -
     """Reduce hidden states [rows, T, D] to [rows, D] in fp32.
 
     Args:
-        how: "mean" over unmasked tokens, "first" token, "last" unmasked token, or "pooler" (the base's own pooled output).
-        pooled: the base's pooled output, for "pooler".
+        how: "mean" over unmasked tokens, "first" token, "last" unmasked token, or "pooler" (the base's own pooled
+        output). pooled: the base's pooled output, for "pooler".
     """
     if how == "pooler":
         assert pooled is not None, "the base was loaded without its pooler"
@@ -38,10 +38,13 @@ def pool(hidden: Tensor, mask: Tensor, how: str, pooled: Tensor | None = None) -
 class PackedHead(nn.Module):
     """Classifier (or regressor, with one output) for R runs: linear, or "mlp" (dense, tanh, linear; RoBERTa's).
 
-    Both apply dropout to their inputs. Initial weights are normal with standard deviation 0.02, biases zero, one generator a run.
+    Both apply dropout to their inputs. Initial weights are normal with standard deviation 0.02, biases zero, one
+    generator a run.
     """
 
-    def __init__(self, kind: str, width: int, outputs: int, generators: Sequence[torch.Generator], dropout: float) -> None:
+    def __init__(
+        self, kind: str, width: int, outputs: int, generators: Sequence[torch.Generator], dropout: float
+    ) -> None:
         super().__init__()
         self.runs = len(generators)
         self.kind = kind

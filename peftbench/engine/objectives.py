@@ -1,7 +1,7 @@
 """What a pack of runs minimises and what it predicts: a head on pooled states, or the next token of an answer.
 
-Losses come as sums and are divided by each run's own count of items (or answer tokens) in the *whole* step, so that gradient
-accumulation changes nothing. Nothing here waits for the device.
+Losses come as sums and are divided by each run's own count of items (or answer tokens) in the *whole* step, so that
+gradient accumulation changes nothing. Nothing here waits for the device.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""AdamW over a pack: one flat tensor [R, N] holds every run's parameters, and each run has its own rate, decay and clipping.
+"""AdamW over a pack: one flat tensor [R, N] holds all parameters; each run has its own rate, decay and clipping.
 
     m ← β₁ m + (1 − β₁) g,   v ← β₂ v + (1 − β₂) g²,   θ ← θ − η (m̂ / (√v̂ + ε) + λ θ)
 
-Source: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2. As is usual, vectors (biases, norms, scales) do not decay. A run whose
-loss or gradient is no longer finite is frozen where it stands; its neighbours never notice.
+Source: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2. As is usual, vectors (biases, norms, scales) do not
+decay. A run whose loss or gradient is no longer finite is frozen where it stands; its neighbours never notice.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def rate_factor(step: int, steps: int, schedule: str, warmup: float) -> float:
 class PackedAdamW:
     """AdamW for parameters with a leading runs axis, plus (for a pack of one) parameters of the base itself.
 
-    Packed parameters become views of one flat tensor, so a step is a handful of kernels however many parameters there are.
-    The base's own parameters go through PyTorch's fused AdamW.
+    Packed parameters become views of one flat tensor, so a step is a handful of kernels however many parameters there
+    are. The base's own parameters go through PyTorch's fused AdamW.
     """
 
     def __init__(
@@ -86,7 +86,11 @@ class PackedAdamW:
                 {"params": [p for p in self.plain if p.dim() < 2], "weight_decay": 0.0},
             ]
             self._fused = torch.optim.AdamW(
-                [g for g in groups if g["params"]], lr=recipe.learning_rate, betas=(beta1, beta2), eps=epsilon, fused=True
+                [g for g in groups if g["params"]],
+                lr=recipe.learning_rate,
+                betas=(beta1, beta2),
+                eps=epsilon,
+                fused=True,
             )
 
     @torch.no_grad()
@@ -115,7 +119,7 @@ class PackedAdamW:
 
     @torch.no_grad()
     def step(self, losses: Tensor) -> None:
-        """Update every run that is still finite, from the gradients at hand, and clear them. `losses` [R] decides with them."""
+        """Update every run whose `losses` [R] and gradients are finite, and clear the gradients."""
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.packed]
         grad = torch.cat([g.reshape(self.runs, -1) for g in grads], dim=1) if grads else self.flat
         squares = grad.square().sum(dim=1)
@@ -151,6 +155,6 @@ class PackedAdamW:
         torch._foreach_mul_(grads, shrink[0])
         for group in self._fused.param_groups:
             group["lr"] = self._rates[self.step_count, 0, 0]
-        # The fused kernel skips its update where this flag is 1: a run that is no longer finite stays put without a host sync.
-        self._fused.found_inf = 1.0 - self.alive[0].float()
+        # The fused kernel skips its update where this flag is 1: a run no longer finite stays put without a host sync.
+        self._fused.found_inf = 1.0 - self.alive[0].float()  # type: ignore[attr-defined]
         self._fused.step()

@@ -1,10 +1,10 @@
 """The library's public face: attach a method to any `transformers` model, train it, save it, merge it, take it off.
 
-    adapter = peftbench.attach(model, "lora", rank=8, alpha=16)
-    optimizer = torch.optim.AdamW(adapter.parameters())
-    ...
-    adapter.save("my-adapter")
-    adapter.detach()
+adapter = peftbench.attach(model, "lora", rank=8, alpha=16)
+optimizer = torch.optim.AdamW(adapter.parameters())
+...
+adapter.save("my-adapter")
+adapter.detach()
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from peftbench.config import build
 from peftbench.errors import UserError, nearest
 from peftbench.methods.base import Delta, LinearDelta, Method, NormDelta, base_parameters
 from peftbench.methods.sites import Injection
-from peftbench.models.roles import Site
+from peftbench.models.roles import Site, packable
 
 WEIGHTS_FILE = "adapter.safetensors"
 CONFIG_FILE = "adapter.json"
@@ -50,7 +50,7 @@ class Adapter:
 
     def __init__(self, model: nn.Module, methods: Sequence[Method], seeds: Sequence[int]) -> None:
         first = methods[0]
-        _check_pack(methods)
+        _check_pack(methods, model)
         first_sites = first.sites(model)
         for method in methods:
             for site in first_sites:
@@ -71,7 +71,7 @@ class Adapter:
             delta = first.delta(site, methods, generators)
             device = next(site.module.parameters(), next(model.parameters())).device
             self.deltas.append((site, delta.to(device)))
-        keys = [site.key for site, _ in self.deltas]
+        keys = [_key(site) for site, _ in self.deltas]
         twice = sorted({key for key in keys if keys.count(key) > 1})
         if twice:
             raise UserError(f"{type(first).__name__}: its settings name {twice[0]!r} twice")
@@ -85,14 +85,13 @@ class Adapter:
         except BaseException:
             self.detach()
             raise
-        self._injection.watch(model)
         self.train(model.training)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield name and parameter: deltas' [R, ...], then the base's own (no runs axis)."""
         for site, delta in self.deltas:
             for name, parameter in delta.named_parameters():
-                yield f"{site.key}.{name}", parameter
+                yield f"{_key(site)}.{name}", parameter
         yield from self.trained.items()
 
     def parameters(self) -> list[nn.Parameter]:
@@ -115,7 +114,9 @@ class Adapter:
     def _views(self, run: int) -> dict[str, Tensor]:
         """Return one run's trained tensors as views."""
         state = {
-            f"{site.key}.{name}": tensor for site, delta in self.deltas for name, tensor in delta.run_state(run).items()
+            f"{_key(site)}.{name}": tensor
+            for site, delta in self.deltas
+            for name, tensor in delta.run_state(run).items()
         }
         return state | dict(self.trained)
 
@@ -130,7 +131,7 @@ class Adapter:
             odd = sorted(expected ^ set(state))[0]
             raise UserError(f"adapter tensor {odd!r} is {'missing' if odd in expected else 'not part of this adapter'}")
         for site, delta in self.deltas:
-            prefix = site.key + "."
+            prefix = _key(site) + "."
             own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             delta.load_run_state(own, run)
         with torch.no_grad():
@@ -138,7 +139,7 @@ class Adapter:
                 p.copy_(state[name])
 
     def save(self, folder: str | Path, run: int = 0) -> Path:
-        """Write one run's adapter to `folder`: tensors (safetensors) and settings (json). Returns the tensor file's path."""
+        """Write one run's adapter to `folder`: tensors (safetensors) and settings (json). Returns the tensors' path."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         method = self.methods[run]
@@ -155,12 +156,14 @@ class Adapter:
         return path
 
     def checkpoint_bytes(self, run: int = 0) -> int:
-        """Return the size in bytes of the tensor file that `save` writes, without writing it (the safetensors format)."""
+        """Return the size in bytes of the tensor file that `save` would write (the safetensors format)."""
         header: dict[str, Any] = {}
         end = 0
         for name, tensor in sorted(self._views(run).items(), key=lambda item: (-item[1].element_size(), item[0])):
             start, end = end, end + tensor.numel() * tensor.element_size()
-            kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}[tensor.dtype]
+            kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}[
+                tensor.dtype
+            ]
             header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
         length = len(json.dumps(header, separators=(",", ":")))
         return 8 + -(-length // 8) * 8 + end
@@ -217,7 +220,9 @@ class Adapter:
                 for name, value in delta.run_state(run).items():
                     getattr(module, name).copy_(value)
             else:
-                raise AssertionError(f"{type(delta).__name__} declares itself mergeable but has no weights to merge into")
+                raise AssertionError(
+                    f"{type(delta).__name__} declares itself mergeable but has no weights to merge into"
+                )
         self._injection.active = False
 
     @torch.no_grad()
@@ -241,6 +246,11 @@ class Adapter:
         return self.model
 
 
+def _key(site: Site) -> str:
+    """Return the prefix of a site's tensors; a sublayer may end in a norm that is a site of its own (Gemma 3)."""
+    return f"{site.key}.hidden" if site.kind == "hidden" else site.key
+
+
 def _merge_linear(site: Site, module: nn.Module, delta: LinearDelta, run: int) -> None:
     """Write frozen map plus delta into the site's slice of `module`'s weight and bias."""
     rows: Any = slice(None) if site.columns is None else site.columns
@@ -255,10 +265,15 @@ def _merge_linear(site: Site, module: nn.Module, delta: LinearDelta, run: int) -
         bias[rows] = new_bias.to(bias.dtype)
 
 
-def _check_pack(methods: Sequence[Method]) -> None:
+def _check_pack(methods: Sequence[Method], model: nn.Module) -> None:
     first = methods[0]
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if len(methods) > 1 and not packable(model_type):
+        raise UserError(f"{model_type} models share tensors between rows: {len(methods)} runs cannot share a pass")
     if len(methods) > 1 and not first.traits.packable:
-        raise UserError(f"{type(first).__name__} trains the base itself: it cannot share it between {len(methods)} runs")
+        raise UserError(
+            f"{type(first).__name__} trains the base itself: it cannot share it between {len(methods)} runs"
+        )
     for method in methods[1:]:
         differing = [k for k, v in first.settings().items() if method.settings().get(k) != v]
         if type(method) is not type(first) or set(differing) - first.traits.free_in_pack:
@@ -283,7 +298,7 @@ def _saved_class(path: str) -> type[Method]:
     if module.startswith("peftbench.methods.") and importlib.util.find_spec(module) is not None:
         importlib.import_module(module)
     known: dict[str, type[Method]] = {}
-    pending: list[type[Method]] = [Method]
+    pending: list[type[Method]] = [*Method.__subclasses__()]
     while pending:
         cls = pending.pop()
         known[f"{cls.__module__}.{cls.__qualname__}"] = cls
@@ -303,7 +318,8 @@ def attach(
     """Freeze `model` and put a PEFT method on it.
 
     Args:
-        model: any `transformers` model with a role table (see `peftbench.models.roles`), or any model if `targets` names modules.
+        model: any `transformers` model with a role table (see `peftbench.models.roles`), or any model if `targets`
+        names modules.
             A packed model expects batches of rows ordered run by run, [runs·batch, ...].
         method: a method's name ("lora"), a settings object, or one settings object a run.
         runs: how many independent adapters share the base, when `method` is not a sequence.
@@ -337,7 +353,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Adapter:
         config = json.loads((folder / CONFIG_FILE).read_text())
         state = load_file(folder / WEIGHTS_FILE)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: no readable adapter ({CONFIG_FILE} and {WEIGHTS_FILE} expected): {error}") from error
+        raise UserError(
+            f"{folder}: no readable adapter ({CONFIG_FILE} and {WEIGHTS_FILE} expected): {error}"
+        ) from error
     adapter = attach(model, build(_saved_class(config["method"]), config["settings"], "method"))
     try:
         adapter.load_state_dict(state)

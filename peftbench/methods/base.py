@@ -1,10 +1,11 @@
 """The contract of a method: where it goes, what it adds there, what it can and cannot do.
 
 A method is a frozen dataclass of settings. It names its sites (`Method.sites`) and builds one `Delta` per site
-(`Method.delta`) holding the trainable parameters of *all* runs of a pack. Everything else (freezing, hooks, saving, merging,
-counting, profiling, packing, testing) is shared and lives elsewhere.
+(`Method.delta`) holding the trainable parameters of *all* runs of a pack. Everything else (freezing, hooks, saving,
+merging, counting, profiling, packing, testing) is shared and lives elsewhere.
 
-Shape letters used throughout: runs R, batch B, tokens T, rows N = B·T, width D, rank r. A packed activation is [R, N, D].
+Shape letters used throughout: runs R, batch B, tokens T, rows N = B·T, width D, rank r. A packed activation is [R, N,
+D].
 """
 
 from __future__ import annotations
@@ -40,11 +41,20 @@ class Traits:
     """Settings that change neither the time nor the memory of a step."""
 
 
+def _unpadded(stacked: Tensor, run: int, shape: Sequence[int]) -> Tensor:
+    """View one run's own part of a padded stack [R, ...]."""
+    part = stacked[run]
+    for dimension, size in enumerate(shape):
+        part = part.narrow(dimension, 0, size)
+    return part
+
+
 class Delta(nn.Module):
     """What a method adds at one site for all runs of a pack; parameters carry a leading runs axis.
 
-    Runs of different shape (ranks, bottlenecks) are zero-padded to the largest. Padding must stay zero by itself: the gradient
-    of a padded entry has to vanish while all padded entries are zero, which holds for products of two padded factors.
+    Runs of different shape (ranks, bottlenecks) are zero-padded to the largest. Padding must stay zero by itself: the
+    gradient of a padded entry has to vanish while all padded entries are zero, which holds for products of two padded
+    factors.
     """
 
     def __init__(self, runs: int) -> None:
@@ -53,11 +63,11 @@ class Delta(nn.Module):
         self.shapes: dict[str, list[torch.Size]] = {}
 
     def stack(self, name: str, tensors: Sequence[Tensor]) -> None:
-        """Register the parameter `name` [R, ...] from one tensor a run (same number of dimensions, shapes may differ)."""
-        shape = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
+        """Register the parameter `name` [R, ...] from one tensor a run (same number of dimensions)."""
+        shape: list[int] = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
         stacked = torch.zeros([self.runs, *shape], dtype=torch.float32)
         for run, tensor in enumerate(tensors):
-            stacked[(run, *(slice(0, n) for n in tensor.shape))] = tensor
+            _unpadded(stacked, run, tensor.shape).copy_(tensor)
         self.shapes[name] = [t.shape for t in tensors]
         self.register_parameter(name, nn.Parameter(stacked))
 
@@ -68,9 +78,7 @@ class Delta(nn.Module):
 
     def run_state(self, run: int) -> dict[str, Tensor]:
         """Return views of this run's parameters, without padding."""
-        return {
-            name: getattr(self, name)[(run, *(slice(0, n) for n in shapes[run]))] for name, shapes in self.shapes.items()
-        }
+        return {name: _unpadded(getattr(self, name), run, shapes[run]) for name, shapes in self.shapes.items()}
 
     @torch.no_grad()
     def load_run_state(self, state: dict[str, Tensor], run: int) -> None:
@@ -160,8 +168,8 @@ class Method(ABC):
     version: ClassVar[int] = 1
     """Raised whenever a change to the method's code changes results."""
 
-    def __post_init__(self) -> None:
-        """Validate settings that need no model; subclasses extend it and raise `UserError`."""
+    def __post_init__(self) -> None:  # noqa: B027  a method without such settings has nothing to add
+        """Validate settings that need no model; subclasses raise `UserError`."""
 
     @abstractmethod
     def sites(self, model: nn.Module) -> list[Site]:
@@ -184,7 +192,7 @@ class Method(ABC):
         """Return the base's own parameters that train (weight sites), by name; none by default."""
         return {}
 
-    def check_site(self, site: Site) -> None:
+    def check_site(self, site: Site) -> None:  # noqa: B027  most settings fit every site
         """Raise `UserError` if the settings do not fit `site`."""
 
     def check(self, model: nn.Module) -> None:
@@ -204,7 +212,7 @@ class Method(ABC):
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the base's parameters by name: all but those of a task head (the language-model head belongs to the base)."""
+    """Return the base's parameters by name: all but a task head's (a language-model head belongs to the base)."""
     prefix = getattr(model, "base_model_prefix", "")
     base = getattr(model, prefix, None) if prefix else None
     if not isinstance(base, nn.Module):

@@ -2,15 +2,16 @@
 
     y = W x + b,    b trained, W frozen
 
-Source: Ben Zaken, Ravfogel and Goldberg 2022, arXiv:2106.10199, section 3. `biases="all"` trains every bias of linear maps and
-normalisations with a role; `biases="query_mlp"` only those of the query projection and of the first feed-forward matrix (the
-paper's b_q and b_m2). Models without biases (Llama's family) are refused.
+Source: Ben Zaken, Ravfogel and Goldberg 2022, arXiv:2106.10199, section 3. `biases="all"` trains every bias of linear
+maps and normalisations with a role; `biases="query_mlp"` only those of the query projection and of the first
+feed-forward matrix (the paper's b_q and b_m2). Models without biases (Llama's family) are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +24,12 @@ from peftbench.models.roles import Site, find_sites
 class BiasDelta(LinearDelta):
     """A bias of its own for each run, in place of the frozen one."""
 
+    bias: nn.Parameter
     frozen: Tensor
 
     def __init__(self, site: Site, runs: int) -> None:
         super().__init__(runs)
-        bias = materialize(site.module.bias)
+        bias = materialize(cast(Tensor, site.module.bias))
         bias = bias if site.columns is None else bias[_index(site)]
         self.stack("bias", [bias] * runs)
         self.register_buffer("frozen", bias.clone(), persistent=False)

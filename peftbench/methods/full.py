@@ -2,8 +2,8 @@
 
     θ = θ₀ + Δθ,    nothing frozen
 
-The reference every other method is measured against. Parameters of the base train as they are, so runs cannot share a base and
-a pack holds one run. The task head is trained beside it and counted apart.
+The reference every other method is measured against. Parameters of the base train as they are, so runs cannot share a
+base and a pack holds one run. The task head is trained beside it and counted apart.
 """
 
 from __future__ import annotations

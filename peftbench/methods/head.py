@@ -1,7 +1,7 @@
 """Head only: the base stays as it is and the task head alone trains (linear probing).
 
-The lower reference: what the frozen representation gives without any adaptation. It trains nothing outside the head, so its
-adapter is empty and it needs a task that has a head.
+The lower reference: what the frozen representation gives without any adaptation. It trains nothing outside the head, so
+its adapter is empty and it needs a task that has a head.
 """
 
 from __future__ import annotations

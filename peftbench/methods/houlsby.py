@@ -3,14 +3,14 @@
     h' = h + W_up · act(W_down h + b_down) + b_up
 
 Source: Houlsby et al. 2019, arXiv:1902.00751, section 2.1 and figure 2: one adapter after attention and one after the
-feed-forward part of every layer; the layers' normalisations train as well (`norms`). Weights start from a normal distribution
-with standard deviation 0.01 truncated at two deviations, so a fresh adapter is close to, not exactly, the identity (section
-3.6). Without further word in the paper the nonlinearity is GELU (the base's own in BERT).
+feed-forward part of every layer; the layers' normalisations train as well (`norms`). Weights start from a normal
+distribution with standard deviation 0.01 truncated at two deviations, so a fresh adapter is close to, not exactly, the
+identity (section 3.6). Without further word in the paper the nonlinearity is GELU (the base's own in BERT).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +20,21 @@ from peftbench.methods.base import Delta, HiddenDelta, Method, NormDelta, Traits
 from peftbench.models.roles import Site, find_sites
 
 # Each maps 0 to 0, so that padded bottleneck units of a pack stay silent.
-ACTIVATIONS = {"gelu": nn.functional.gelu, "relu": nn.functional.relu, "silu": nn.functional.silu, "tanh": torch.tanh}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": nn.functional.gelu,
+    "relu": nn.functional.relu,
+    "silu": nn.functional.silu,
+    "tanh": torch.tanh,
+}
 
 
 class BottleneckDelta(HiddenDelta):
     """outputs + up(act(down(outputs)))."""
+
+    down: nn.Parameter
+    down_bias: nn.Parameter
+    up: nn.Parameter
+    up_bias: nn.Parameter
 
     def __init__(self, site: Site, methods: Sequence[Houlsby], generators: Sequence[torch.Generator]) -> None:
         super().__init__(len(methods))

@@ -2,8 +2,8 @@
 
     k' = l_k ⊙ k,    v' = l_v ⊙ v,    y = W_down (l_ff ⊙ h)
 
-Source: Liu et al. 2022 (T-Few), arXiv:2205.05638, section 3.3. All vectors start at one, so a fresh adapter changes nothing.
-`targets` are scaled at their output, `feedforward` at their input.
+Source: Liu et al. 2022 (T-Few), arXiv:2205.05638, section 3.3. All vectors start at one, so a fresh adapter changes
+nothing. `targets` are scaled at their output, `feedforward` at their input.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ class InputSite(Site):
 class OutputScale(LinearDelta):
     """y ← l ⊙ y."""
 
+    scale: nn.Parameter
+
     def __init__(self, site: Site, runs: int) -> None:
         super().__init__(runs)
         self.stack("scale", [torch.ones(site.out_features)] * runs)
@@ -39,6 +41,8 @@ class OutputScale(LinearDelta):
 
 class InputScale(LinearDelta):
     """x ← l ⊙ x."""
+
+    scale: nn.Parameter
 
     def __init__(self, site: Site, runs: int) -> None:
         super().__init__(runs)

@@ -3,9 +3,9 @@
     y = W x + b + (alpha / r) · B A x,    A: r×D_in random, B: D_out×r zero
 
 Source: Hu et al. 2021, arXiv:2106.09685, eq. 3 and section 4.1. Applied by default to the query and value projections
-(section 4.2). A is drawn uniformly from ±1/sqrt(D_in), as in the authors' code (the paper says Gaussian); dropout acts on the
-adapter's input, as in the authors' code (the paper does not mention it). Factors are stored transposed, A [D_in, r] and
-B [r, D_out], so that rows multiply from the left.
+(section 4.2). A is drawn uniformly from ±1/sqrt(D_in), as in the authors' code (the paper says Gaussian); dropout acts
+on the adapter's input, as in the authors' code (the paper does not mention it). Factors are stored transposed, A [D_in,
+r] and B [r, D_out], so that rows multiply from the left.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftbench.methods.base import LinearDelta, Method, RunDropout, Targets, Traits, require, uniform
 from peftbench.models.roles import Site, linear_sites
@@ -23,12 +23,16 @@ from peftbench.models.roles import Site, linear_sites
 class LoraDelta(LinearDelta):
     """(alpha / r) · x A B beside the frozen product."""
 
+    A: nn.Parameter
+    B: nn.Parameter
     scale: Tensor
 
     def __init__(self, site: Site, methods: Sequence[Lora], generators: Sequence[torch.Generator]) -> None:
         super().__init__(len(methods))
         bound = site.in_features**-0.5
-        self.stack("A", [uniform((site.in_features, m.rank), bound, g) for m, g in zip(methods, generators, strict=True)])
+        self.stack(
+            "A", [uniform((site.in_features, m.rank), bound, g) for m, g in zip(methods, generators, strict=True)]
+        )
         self.stack("B", [torch.zeros(m.rank, site.out_features) for m in methods])
         self.constant("scale", [m.alpha / m.rank for m in methods])
         self.dropout = RunDropout([m.dropout for m in methods])
@@ -66,7 +70,7 @@ class Lora(Method):
         require(self.alpha > 0, "alpha", self.alpha, "a number above 0")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "a number in [0, 1)")
 
-    def sites(self, model: torch.nn.Module) -> list[Site]:
+    def sites(self, model: nn.Module) -> list[Site]:
         return linear_sites(model, self.targets)
 
     def check_site(self, site: Site) -> None:

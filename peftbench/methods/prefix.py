@@ -2,9 +2,10 @@
 
     head = Attn(Q, [P_k; K], [P_v; V]),    P_k, P_v: length×D_kv trained per layer
 
-Source: Li and Liang 2021, arXiv:2101.00190, section 4.2; the form above is eq. 4 of He et al. 2022, arXiv:2110.04366. The
-keys and values train directly (the paper's ablation without the reparameterising network, section 7.4). Deviation: the model's own tokens
-keep their positions, where implementations that pass the prefix as a cache shift them by `length`.
+Source: Li and Liang 2021, arXiv:2101.00190, section 4.2; the form above is eq. 4 of He et al. 2022, arXiv:2110.04366.
+The keys and values train directly (the paper's ablation without the reparameterising network, section 7.4). Deviation:
+the model's own tokens keep their positions, where implementations that pass the prefix as a cache shift them by
+`length`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from peftbench.models.roles import Site, find_sites, supports_attention_interfac
 
 class PrefixDelta(AttentionDelta):
     """Keys and values of `length` virtual positions."""
+
+    key: nn.Parameter
+    value: nn.Parameter
 
     def __init__(self, site: Site, methods: Sequence[PrefixTuning], generators: Sequence[torch.Generator]) -> None:
         super().__init__(len(methods))

@@ -2,10 +2,10 @@
 
     f(x) = model([P; E(x)]),    P: length×D trained, everything else frozen
 
-Source: Lester, Al-Rfou and Constant 2021, arXiv:2104.08691, section 2 and 3.2 (initialisation from sampled vocabulary, or
-uniform in ±0.5). The paper prompts T5 only. Here the virtual tokens enter any model; the sequence is cut back to the task's own
-tokens at the model's output, so pooled tokens, logits and labels keep their positions. Own tokens are shifted by `length`
-positions, as if the prompt were text.
+Source: Lester, Al-Rfou and Constant 2021, arXiv:2104.08691, section 2 and 3.2 (initialisation from sampled vocabulary,
+or uniform in ±0.5). The paper prompts T5 only. Here the virtual tokens enter any model; the sequence is cut back to the
+task's own tokens at the model's output, so pooled tokens, logits and labels keep their positions. Own tokens are
+shifted by `length` positions, as if the prompt were text.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ COMMON_TOKENS = 5000
 
 class PromptDelta(EmbeddingDelta):
     """Virtual tokens, the same for every input."""
+
+    prompt_embeddings: nn.Parameter
 
     def __init__(self, site: Site, methods: Sequence[PromptTuning], generators: Sequence[torch.Generator]) -> None:
         super().__init__(len(methods))

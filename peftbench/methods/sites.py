@@ -1,8 +1,8 @@
 """Injection: put a delta into a frozen model at a site, and take it out again without a trace.
 
-A packed model sees rows run by run, [R·B, T, D]; deltas see [R, N, D]. Every hook is a torch hook or an instance attribute that
-shadows a method, so removing it gives the model back unchanged. Attention sites go through the attention interface of
-`transformers`; a site whose hook was not called during a forward pass raises instead of passing silently.
+A packed model sees rows run by run, [R·B, T, D]; deltas see [R, N, D]. Every hook is a torch hook or an instance
+attribute that shadows a method, so removing it gives the model back unchanged. Attention sites go through the attention
+interface of `transformers`; a site whose hook was not called during a forward pass raises instead of passing silently.
 """
 
 from __future__ import annotations
@@ -21,15 +21,13 @@ from peftbench.methods.base import AttentionDelta, Delta, EmbeddingDelta, Hidden
 from peftbench.models import attention
 from peftbench.models.roles import EmbeddingSite, Site, first_input
 
+
 @dataclass
 class Injection:
     """The hooks of one adapter: whether they act, which have been called, how to remove them."""
 
     runs: int
     active: bool = True
-    required: set[str] = field(default_factory=set)
-    """Names of sites that must be called in every forward pass."""
-    called: set[str] = field(default_factory=set)
     undo: list[Callable[[], None]] = field(default_factory=list)
 
     def add(self, site: Site, delta: Delta) -> None:
@@ -47,21 +45,6 @@ class Injection:
             _attention(self, site, delta)
         else:
             raise AssertionError(f"no site takes a {type(delta).__name__}")
-
-    def watch(self, model: nn.Module) -> None:
-        """Raise after any forward pass of `model` in which a required site was not called."""
-
-        def begin(*_: Any) -> None:
-            self.called.clear()
-
-        def end(*_: Any) -> None:
-            if self.active and self.required - self.called:
-                missing = ", ".join(sorted(self.required - self.called)[:3])
-                raise UserError(f"the model never called the adapter at {missing}; this architecture cannot take it")
-
-        if self.required:
-            self.undo.append(model.register_forward_pre_hook(begin, prepend=True).remove)
-            self.undo.append(model.register_forward_hook(end).remove)
 
     def remove(self) -> None:
         """Take every hook out, last in first out."""
@@ -140,9 +123,9 @@ def _norm(injection: Injection, site: Site, delta: NormDelta) -> None:
         if not injection.active:
             return cast(Tensor, original(x, *args, **kwargs))
         flat = injection.split(x)
-        weight = getattr(delta, "weight", None)
-        bias = getattr(delta, "bias", None)
-        weight = module.weight.unsqueeze(0) if weight is None else weight
+        weight: Tensor | None = getattr(delta, "weight", None)
+        bias: Tensor | None = getattr(delta, "bias", None)
+        weight = cast(Tensor, module.weight).unsqueeze(0) if weight is None else weight
         if bias is None and getattr(module, "bias", None) is not None:
             bias = cast(Tensor, module.bias).unsqueeze(0)
         y = normalize(module, flat.float()) * (weight.float() + site.offset).unsqueeze(1)
@@ -160,18 +143,23 @@ def normalize(module: nn.Module, x: Tensor) -> Tensor:
         return nn.functional.layer_norm(x, module.normalized_shape, None, None, module.eps)
     epsilon = next((getattr(module, n) for n in ("variance_epsilon", "eps", "epsilon") if hasattr(module, n)), None)
     if epsilon is None:
-        raise UserError(f"normalisation {type(module).__name__} is not known: neither LayerNorm nor an RMS norm with eps")
+        raise UserError(
+            f"normalisation {type(module).__name__} is not known: neither LayerNorm nor an RMS norm with eps"
+        )
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
 
 
 def _embedding(injection: Injection, site: EmbeddingSite, delta: EmbeddingDelta) -> None:
     """Prepend P virtual tokens where ids become embeddings; cut them off where the sequence leaves.
 
-    With a key-value cache that already holds the virtual tokens (generation after its first step) only mask and positions grow.
+    With a key-value cache that already holds the virtual tokens (generation after its first step) only mask and
+    positions grow.
     """
     takes_positions = "position_ids" in inspect.signature(type(site.input_module).forward).parameters
 
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def enter(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not injection.active:
             return args, kwargs
         kwargs = dict(kwargs)
@@ -185,7 +173,7 @@ def _embedding(injection: Injection, site: EmbeddingSite, delta: EmbeddingDelta)
         if embeddings is None:
             embeddings = site.module(kwargs.pop("input_ids"))
         kwargs.pop("input_ids", None)
-        rows, tokens, width = embeddings.shape
+        rows, tokens, _ = embeddings.shape
         past = kwargs.get("past_key_values")
         cached = past.get_seq_length() if past is not None and hasattr(past, "get_seq_length") else 0
         mask = kwargs.get("attention_mask")
@@ -209,7 +197,6 @@ def _embedding(injection: Injection, site: EmbeddingSite, delta: EmbeddingDelta)
             kwargs["position_ids"] = positions + length
         kwargs.pop("cache_position", None)
         kwargs["inputs_embeds"] = embeddings
-        injection.called.add(site.name)
         latest["cut"] = length if cached == 0 else 0
         return (), kwargs
 
@@ -228,7 +215,9 @@ def _embedding(injection: Injection, site: EmbeddingSite, delta: EmbeddingDelta)
             output.hidden_states = tuple(h[:, cut:] for h in output.hidden_states)
         return output
 
-    def widen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def widen(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         mask = kwargs.get("encoder_attention_mask")
         if injection.active and mask is not None:
             length = delta.prompt().shape[1]
@@ -241,12 +230,13 @@ def _embedding(injection: Injection, site: EmbeddingSite, delta: EmbeddingDelta)
         injection.undo.append(site.decoder_module.register_forward_pre_hook(widen, with_kwargs=True).remove)
     else:
         injection.undo.append(site.output_module.register_forward_hook(leave).remove)
-    injection.required.add(site.name)
 
 
 def _attention(injection: Injection, site: Site, delta: AttentionDelta) -> None:
+    waiting = [False]
+
     def prefixed(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, int]:
-        injection.called.add(site.name)
+        waiting[0] = False
         if not injection.active:
             return key, value, 0
         rows = key.shape[0]
@@ -259,9 +249,17 @@ def _attention(injection: Injection, site: Site, delta: AttentionDelta) -> None:
 
         return widen(front_key, key), widen(front_value, value), length
 
+    def begin(*_: Any) -> None:
+        waiting[0] = True
+
+    def end(*_: Any) -> None:
+        if waiting[0] and injection.active:
+            raise UserError(f"{site.name} never called its prefix: this attention does not use the interface")
+
     site.module.__dict__[attention.PREFIX] = prefixed
     injection.undo.append(lambda: site.module.__dict__.pop(attention.PREFIX, None))
-    injection.required.add(site.name)
+    injection.undo.append(site.module.register_forward_pre_hook(begin).remove)
+    injection.undo.append(site.module.register_forward_hook(end).remove)
     config: Any = site.module.config
     before = attention.use(config)
     injection.undo.append(lambda: setattr(config, "_attn_implementation", before))

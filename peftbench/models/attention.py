@@ -1,8 +1,8 @@
 """The attention every mapped model uses here: PyTorch's SDPA, masks built without asking the device, room for prefixes.
 
-`transformers` decides with a host synchronisation per forward pass whether a mask may be dropped; the masks below depend on shapes
-alone. An adapter that brings extra keys and values hangs a function on the attention module (`PREFIX`), and the registered
-attention puts them in front of the module's own.
+`transformers` decides with a host synchronisation per forward pass whether a mask may be dropped; the masks below
+depend on shapes alone. An adapter that brings extra keys and values hangs a function on the attention module
+(`PREFIX`), and the registered attention puts them in front of the module's own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _right_padded: ContextVar[bool] = ContextVar("right_padded", default=False)
 
 @contextmanager
 def right_padded() -> Iterator[None]:
-    """Promise that padding is on the right: a causal model then needs no mask but its causality, and SDPA its fastest kernel."""
+    """Promise padding on the right: a causal model then needs no mask but causality, and SDPA its fastest kernel."""
     token = _right_padded.set(True)
     try:
         yield
@@ -72,8 +72,8 @@ def prefixable_attention(
 def shape_only_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """Build SDPA's mask from the padding mask without reading its values on the host.
 
-    Bidirectional: additive [rows, 1, 1, T'] (None without padding mask). Causal under `right_padded`: None, left to SDPA.
-    Everything else: the boolean mask [rows, 1, T, T'] of `transformers`, never skipped.
+    Bidirectional: additive [rows, 1, 1, T'] (None without padding mask). Causal under `right_padded`: None, left to
+    SDPA. Everything else: the boolean mask [rows, 1, T, T'] of `transformers`, never skipped.
     """
     kind = kwargs.get("mask_function")
     padding = kwargs.get("attention_mask")

@@ -136,7 +136,8 @@ class Family:
     embedding: path of the token embedding. input, output, decoder: paths of EmbeddingSite's modules ("" is the base
     model itself). positions(config): the longest input its position table allows, or None.
     norm_offset: what is added to a norm's weight. supports_attention_interface: whether attention goes through the
-    functions registered with `transformers.AttentionInterface`.
+    functions registered with `transformers.AttentionInterface`. packable: whether every linear map and norm sees the
+    batch's rows in its first axis, as runs that share a pass need.
     """
 
     stacks: tuple[tuple[str, Layer], ...]
@@ -148,6 +149,7 @@ class Family:
     positions: Callable[[Any], int | None] = lambda config: None
     norm_offset: float = 0.0
     supports_attention_interface: bool = True
+    packable: bool = True
 
 
 def block(index: int, of: int) -> Callable[[Any, int], slice]:
@@ -231,6 +233,8 @@ _DEBERTA = Family(
     norm=(("norm.embedding", "embeddings.LayerNorm"), ("norm.position", "encoder.LayerNorm")),
     positions=lambda config: config.max_position_embeddings if config.position_biased_input else None,
     supports_attention_interface=False,
+    # query_proj and key_proj also project the relative positions, which the rows of a batch share
+    packable=False,
 )
 
 _GPT2 = Family(
@@ -477,6 +481,11 @@ def family_of(model: nn.Module) -> Family:
 def supports_attention_interface(model: nn.Module) -> bool:
     """Whether attention of this architecture calls the functions registered with `transformers.AttentionInterface`."""
     return family_of(model).supports_attention_interface
+
+
+def packable(model_type: str | None) -> bool:
+    """Whether runs can share a pass through models of this type; taken for granted of unmapped ones."""
+    return model_type not in _FAMILIES or _FAMILIES[model_type].packable
 
 
 def _child(module: nn.Module, path: str) -> nn.Module | None:

@@ -1,4 +1,4 @@
-"""The cost of one configuration, measured alone on fixed shapes; what each field means stands in `results/README.md`."""
+"""The cost of one configuration, measured alone on fixed shapes; `results/README.md` says what each field means."""
 
 from __future__ import annotations
 

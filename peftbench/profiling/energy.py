@@ -10,7 +10,7 @@ import torch
 
 
 def energy_joules(step: Callable[[], object], device: torch.device, seconds: float) -> tuple[float, int] | None:
-    """Return (joules, steps) over at least `seconds` of steps; None without a GPU, without its counter, or for 0 seconds."""
+    """Return (joules, steps) over at least `seconds` of steps; None without a GPU or its counter, or for 0 seconds."""
     if device.type != "cuda" or seconds <= 0:
         return None
     read = _counter(device)

@@ -17,8 +17,8 @@ def counted_flops(step: Callable[[], object]) -> int:
 def analytic_flops_per_token(frozen: int, trained: int, *, backward_through_base: bool) -> int:
     """Return 4N per frozen and 6N per trained matrix parameter (2N forward, 2N for inputs' gradients, 2N for weights').
 
-    Attention's own products are left out, as is usual (Kaplan et al. 2020, arXiv:2001.08361, section 2.1). Without a backward
-    pass through the base (head only) a frozen parameter costs its forward 2N alone.
+    Attention's own products are left out, as is usual (Kaplan et al. 2020, arXiv:2001.08361, section 2.1). Without a
+    backward pass through the base (head only) a frozen parameter costs its forward 2N alone.
 
     Args:
         frozen: parameters of frozen matrices that every token passes, embeddings left out.

@@ -52,7 +52,8 @@ class TensorTracker(TorchDispatchMode):
 def peak_memory(step: Callable[[], object], device: torch.device, existing: Iterable[torch.Tensor]) -> dict[str, Any]:
     """Return the peak over two warm steps: bytes, what they count, and what the process or allocator holds beside.
 
-    `existing` are the tensors alive before a step (weights, adapter, optimizer state), needed where there is no allocator to ask.
+    `existing` are the tensors alive before a step (weights, adapter, optimizer state), needed where there is no
+    allocator to ask.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def time_steps(
         step()
         event.record()
     torch.cuda.synchronize(device)
-    samples = [a.elapsed_time(b) / 1000 for a, b in zip(events, events[1:], strict=False)]
+    samples = [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(events)]
     return Timing(samples, len(warm), stable)
 
 
