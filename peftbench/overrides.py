@@ -94,5 +94,8 @@ def parse(arguments: Sequence[str]) -> Overrides:
         # A fixed value becomes a choice of one: Hydra would set it on the default method, which may not have the key.
         prefix, _, text = argument.partition("=")
         bare = prefix.lstrip("+")
-        found.lines.append(f"{bare}={text}" if override.is_sweep_override() else f"{bare}=choice({text})")
+        if override.is_sweep_override():
+            found.lines.append(f"{bare}={text}")
+        else:  # choice() refuses null, a comma list does not; equal points collapse
+            found.lines.append(f"{bare}=null,null" if values == [None] else f"{bare}=choice({text})")
     return found

@@ -21,7 +21,7 @@ from peftbench.store import Store
 from tests.conftest import make_spec
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ["model=tiny-bert", "task=tiny", "train.steps=3", "train.batch_size=8", "profile=skip"]
+TINY = ["model=tiny-bert", "task=tiny", "train.steps=3", "train.batch_size=8", "train.dropout=null", "profile=skip"]
 
 
 @pytest.fixture
@@ -320,6 +320,18 @@ def test_packs_travel_as_text():
     again = job.Pack.decode(pack.encode())
     assert again == pack
     assert isinstance(again.specs[0], RunSpec)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["train.dropout=null", "train.dropout=0", "method.targets=[a,b]", "task='a/b'", "method.targets='.*(query|value)'"],
+)
+def test_a_fixed_value_survives_on_its_way_through_hydra(argument):
+    once = parse([argument])
+    again = parse(once.lines)
+    ((key, values),) = once.grid.items()
+    assert again.grid[key][:1] == values
+    assert {repr(v) for v in again.grid[key]} == {repr(v) for v in values}
 
 
 def test_hydra_s_grammar_is_understood():
