@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from peftbench.analysis.frame import PANEL, REFERENCE, number, over_tasks, selected, task_title, task_titles
@@ -36,7 +37,7 @@ COLUMN_INCHES, PAGE_INCHES = 3.5, 7.0
 FORMATS = ("png", "pdf", "svg")
 MOST_LABELS = 18  # more points than this in one panel are named in a legend
 MOST_LEGEND = 36
-RC: dict[str, Any] = {
+RC: Any = {  # matplotlib types the keys as literals
     "font.family": "DejaVu Sans",
     "font.size": 7.5,
     "axes.titlesize": 8,
@@ -132,11 +133,11 @@ class Scale:
     def apply(self, axes: Axes, title: str) -> None:
         """Set limits, ticks, labels and the break mark."""
         if not self.log:
-            axes.set_xlabel(f"{title} ({self.suffix})" if self.suffix else title)
+            axes.set_xlabel(_with_unit(title, self.suffix))
             low, high = self.low / self.factor, self.high / self.factor
             pad = 0.12 * (high - low) if high > low else 0.1 * high
             axes.set_xlim(0.0 if self.has_zero else low - pad, high + pad)
-            axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+            axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
             return
         axes.set_xlabel(title)
         low, high = math.log10(self.low), math.log10(self.high)
@@ -150,8 +151,19 @@ class Scale:
             places, labels = [self.zero] + [p for p, _ in kept], ["0"] + [text for _, text in kept]
             left = self.zero
             middle = (self.zero + low) / 2
-            axes.text(middle, 0.0, "//", transform=axes.get_xaxis_transform(), ha="center", va="center", fontsize=7,
-                      color=INK, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4}, clip_on=False, zorder=9)  # fmt: skip
+            axes.text(
+                middle,
+                0.0,
+                "//",
+                transform=axes.get_xaxis_transform(),
+                ha="center",
+                va="center",
+                fontsize=7,
+                color=INK,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
+                clip_on=False,
+                zorder=9,
+            )
         axes.set_xlim(left - pad, high + pad)
         axes.xaxis.set_major_locator(FixedLocator(places))
         axes.xaxis.set_major_formatter(FixedFormatter(labels))
@@ -172,6 +184,12 @@ def log_ticks(low: float, high: float) -> list[float]:
 def _unit_of(value: float, unit: str) -> tuple[float, str]:
     # Rounded so that 0.999... of a unit, as floating point has it, still counts as the unit.
     return next(((f, s) for f, s in UNITS[unit] if value >= f * 0.999), UNITS[unit][-1])
+
+
+def _with_unit(title: str, suffix: str) -> str:
+    if not suffix:
+        return title
+    return f"{title[:-1]}, {suffix})" if title.endswith(")") else f"{title} ({suffix})"
 
 
 def _tick(value: float, unit: str) -> str:
@@ -196,17 +214,38 @@ class Styles:
     def marker(self, row: Row, size: float = 5.0) -> dict[str, Any]:
         """Keyword arguments of `Axes.plot` for one point."""
         if row["method"] == REFERENCE:
-            return {"marker": "*", "markersize": size * 2.0, "color": INK, "markerfacecolor": INK, "linestyle": "none",
-                    "markeredgecolor": "white", "markeredgewidth": 0.5}  # fmt: skip
+            return {
+                "marker": "*",
+                "markersize": size * 2.0,
+                "color": INK,
+                "markerfacecolor": INK,
+                "linestyle": "none",
+                "markeredgecolor": "white",
+                "markeredgewidth": 0.5,
+            }
         colour, marker = self.method[row["method"]]
-        return {"marker": marker, "markersize": size, "color": colour, "fillstyle": self.fill[row["variant"]],
-                "markerfacecoloralt": "white", "markeredgecolor": colour, "markeredgewidth": 0.9, "linestyle": "none"}  # fmt: skip
+        return {
+            "marker": marker,
+            "markersize": size,
+            "color": colour,
+            "fillstyle": self.fill[row["variant"]],
+            "markerfacecoloralt": "white",
+            "markeredgecolor": colour,
+            "markeredgewidth": 0.9,
+            "linestyle": "none",
+        }
 
     def line(self, method: str, index: int) -> dict[str, Any]:
         """Keyword arguments for the curve of one variant."""
         colour, marker = self.method.get(method, (INK, "*"))
-        return {"color": colour, "marker": marker, "markersize": 4, "linestyle": ("-", "--", ":", "-.")[index % 4],
-                "fillstyle": FILLS[index % len(FILLS)], "markerfacecoloralt": "white"}  # fmt: skip
+        return {
+            "color": colour,
+            "marker": marker,
+            "markersize": 4,
+            "linestyle": ("-", "--", ":", "-.")[index % 4],
+            "fillstyle": FILLS[index % len(FILLS)],
+            "markerfacecoloralt": "white",
+        }
 
 
 # -- labels ------------------------------------------------------------------------------------------------------------
@@ -225,14 +264,14 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float]], texts: Seque
     pixels = figure.dpi / 72
     centres = axes.transData.transform(np.asarray(points, dtype=float))
     frame = axes.get_window_extent(renderer)
-    room = Bbox.from_extents(frame.x0 + 1, frame.y0 + 2 * pixels, frame.x1 + 8 * pixels, frame.y1 + 3 * pixels)
+    room = Bbox.from_extents(frame.x0 + 1, frame.y0 + 2 * pixels, frame.x1, frame.y1 + 3 * pixels)
     blocks = [Bbox.from_bounds(x - 3.4 * pixels, y - 3.4 * pixels, 6.8 * pixels, 6.8 * pixels) for x, y in centres]
     for container in axes.containers:
         for bars in container[2]:  # type: ignore[index]
             for segment in bars.get_segments():
                 (x0, y0), (x1, y1) = axes.transData.transform(segment)
                 blocks.append(Bbox.from_extents(min(x0, x1) - 1, min(y0, y1), max(x0, x1) + 1, max(y0, y1)))
-    lines = [Bbox(line.get_window_extent(renderer)) for line in axes.lines if line.get_gid() == "reference"]
+    lines = [box for line in axes.lines if line.get_gid() in ("reference", "front") for box in _segments(line, pixels)]
     artists = [axes.text(0, 0, text, fontsize=size, color=INK) for text in texts]
     shapes = [(b.width + 1.5 * pixels, b.height * 0.92) for b in (a.get_window_extent(renderer) for a in artists)]
     for artist in artists:
@@ -276,7 +315,8 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float]], texts: Seque
         axes.annotate(
             texts[i],
             points[i],
-            xytext=((box.x0 - x) / pixels + 0.75, (box.y0 - y) / pixels + 0.08 * box.height / pixels),
+            xytext=((box.x0 - x) / pixels + 0.75, (box.y0 - y) / pixels),
+            va="bottom",
             textcoords="offset points",
             fontsize=size,
             color=INK,
@@ -287,6 +327,22 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float]], texts: Seque
             else None,
         )
     return True
+
+
+def _segments(line: Line2D, width: float) -> list[Bbox]:
+    """Boxes around the straight pieces of a drawn line, in pixels (a step line's pieces are along the axes)."""
+    path = line.get_transform().transform_path(line.get_path())
+    corners = np.asarray(path.vertices, dtype=float)
+    if line.get_drawstyle() == "steps-post":
+        bends = [(b[0], a[1]) for a, b in pairwise(corners)]
+        corners = np.array([p for pair in zip(corners, [*bends, corners[-1]], strict=True) for p in pair])
+    pieces = pairwise(corners)
+    return [
+        Bbox.from_extents(
+            min(a[0], b[0]) - width, min(a[1], b[1]) - width, max(a[0], b[0]) + width, max(a[1], b[1]) + width
+        )
+        for a, b in pieces
+    ]
 
 
 def _overlap(a: Bbox, b: Bbox) -> float:
@@ -307,7 +363,7 @@ class Panel:
 
 
 def figure_groups(table: pd.DataFrame) -> Iterator[tuple[str, str, list[Panel]]]:
-    """(file stem, title, panels): a figure a model with tasks side by side; models side by side where the task is one."""
+    """(file stem, title, panels): a figure a model with its tasks side by side; models side by side on one task."""
     tasks = task_titles(table)
     several = [c for c in ("model", "device_kind") if table[c].nunique() > 1]
     panels: dict[tuple[str, ...], list[Panel]] = {}
@@ -339,10 +395,28 @@ def _grid(count: int, legend_rows: int) -> tuple[Figure, list[Axes]]:
     return figure, axes[:count]
 
 
+def _share_titles(axes: Sequence[Axes]) -> None:
+    """Where all panels have the same axis title, only the outer ones keep it."""
+    columns = min(len(axes), 3)
+    if len({ax.get_ylabel() for ax in axes}) == 1:
+        for i, ax in enumerate(axes):
+            ax.set_ylabel(ax.get_ylabel() if i % columns == 0 else "")
+    if len({ax.get_xlabel() for ax in axes}) == 1:
+        for i, ax in enumerate(axes):
+            ax.set_xlabel(ax.get_xlabel() if i + columns >= len(axes) else "")
+
+
 def _legend(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
     columns = _legend_columns(labels, figure.get_figwidth())
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, handletextpad=0.4, columnspacing=1.2,
-                  handler_map={tuple: HandlerTuple(ndivide=None)})  # fmt: skip
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=columns,
+        handletextpad=0.4,
+        columnspacing=1.2,
+        handler_map={tuple: HandlerTuple(ndivide=None)},
+    )
 
 
 def _legend_columns(labels: Sequence[str], inches: float) -> int:
@@ -422,19 +496,19 @@ def _pareto(
     metric: str | None,
     direct: bool,
 ) -> Plot | None:
-    variants: dict[str, Row] = {}
+    variants: dict[str, dict[Any, Any]] = {}
     for _, rows in drawn:
         for row in sorted(
             rows, key=lambda r: (r["method"] == REFERENCE, r["method"], _or_zero(r["rank"]), r["variant"])
         ):
             variants.setdefault(row["variant"], row)
     if len(variants) > MOST_LEGEND:  # one entry a method: its variants share colour and marker
-        by_method: dict[str, Row] = {}
+        by_method: dict[str, dict[Any, Any]] = {}
         for row in variants.values():
             by_method.setdefault(row["method"], row)
-        entries = dict(by_method)
+        entries = by_method
     else:
-        entries = dict(variants)
+        entries = variants
     labels = [] if direct else list(entries)
     with matplotlib.rc_context(RC):
         figure, axes = _grid(len(drawn), _legend_rows(labels, len(drawn)))
@@ -442,6 +516,7 @@ def _pareto(
             _draw_pareto(ax, rows, cost, styles)
             ax.set_title(panel.title)
             ax.set_ylabel(metric or _quality_title(rows))
+        _share_titles(axes)
         if title:
             figure.suptitle(title, fontsize=8.5)
         if labels:
@@ -479,14 +554,31 @@ def _draw_pareto(axes: Axes, rows: Sequence[Row], cost: Cost, styles: Styles) ->
     steps = [(xs[i], ys[i]) for i in found.members]
     if steps:
         edge = axes.get_xlim()[1]
-        axes.step([x for x, _ in steps] + [edge], [y for _, y in steps] + [steps[-1][1]], where="post", color=FAINT,
-                  linewidth=1.4, zorder=2, solid_capstyle="butt")  # fmt: skip
+        axes.step(
+            [x for x, _ in steps] + [edge],
+            [y for _, y in steps] + [steps[-1][1]],
+            where="post",
+            color=FAINT,
+            linewidth=1.4,
+            zorder=2,
+            solid_capstyle="butt",
+            gid="front",
+        )
     for row, x, y in zip(rows, xs, ys, strict=True):
         style = styles.marker(row)
         spread = number(row["test_std"])
         if spread is not None:
-            axes.errorbar(x, y, yerr=spread, fmt="none", ecolor=style["color"], elinewidth=0.7, capsize=1.6,
-                          capthick=0.7, zorder=3)  # fmt: skip
+            axes.errorbar(
+                x,
+                y,
+                yerr=spread,
+                fmt="none",
+                ecolor=style["color"],
+                elinewidth=0.7,
+                capsize=1.6,
+                capthick=0.7,
+                zorder=3,
+            )
         axes.plot(x, y, zorder=5 if row["method"] != REFERENCE else 6, **style)
     axes.margins(y=0.12)
 
@@ -513,8 +605,8 @@ def rank_plots(chosen: pd.DataFrame) -> Iterator[Plot]:
     for stem, title, panels in figure_groups(chosen):
         name = "-".join(filter(None, ["rank", stem]))
         caption = (
-            "Test metric against rank. Bars: standard deviation over seeds. Dashed line: full fine-tuning, with a band of "
-            "one standard deviation."
+            "Test metric against rank. Bars: standard deviation over seeds. Dashed line: full fine-tuning, with a band "
+            "of one standard deviation."
         )
         plot = _curves(panels, styles, name, title, caption, "rank", "line", "rank", 2.0, "test")
         if plot is not None:
@@ -575,6 +667,7 @@ def _curves(
             ax.set_title(panel.title)
             ax.set_xlabel(xlabel)
             ax.set_ylabel(f"{split} {metric_title(panel.rows[0]['primary_metric'])}")
+        _share_titles(axes)
         if title:
             figure.suptitle(title, fontsize=8.5)
         _legend(figure, [Line2D([], [], **style[key]) for key in shown], shown)
@@ -606,7 +699,7 @@ def _draw_curves(
             if spread:
                 axes.axhspan(row["test_mean"] - spread, row["test_mean"] + spread, color=GREY, alpha=0.12, linewidth=0)
     # Curves that share their values would hide each other's bars: each keeps a small offset of its own.
-    gap = min((b - a for a, b in zip(list(log.values()), list(log.values())[1:], strict=False)), default=1.0)
+    gap = min((b - a for a, b in pairwise(log.values())), default=1.0)
     shift = {key: (i - (len(lines) - 1) / 2) * min(0.05, 0.3 / len(lines)) * gap for i, key in enumerate(sorted(lines))}
     for key, rows in lines.items():
         ordered = sorted((r for r in rows if _scored(r, split) and r[column] in log), key=lambda r: r[column])
@@ -616,19 +709,50 @@ def _draw_curves(
         axes.plot(xs, ys, zorder=4, **style[key])
         with_bars = [i for i, s in enumerate(spreads) if s > 0]
         if with_bars:
-            axes.errorbar([xs[i] for i in with_bars], [ys[i] for i in with_bars], [spreads[i] for i in with_bars],
-                          fmt="none", ecolor=style[key]["color"], elinewidth=0.7, capsize=1.6, capthick=0.7, zorder=3)  # fmt: skip
+            axes.errorbar(
+                [xs[i] for i in with_bars],
+                [ys[i] for i in with_bars],
+                [spreads[i] for i in with_bars],
+                fmt="none",
+                ecolor=style[key]["color"],
+                elinewidth=0.7,
+                capsize=1.6,
+                capthick=0.7,
+                zorder=3,
+            )
         if split == "validation":
             best = {r["configuration"] for r in selected(pd.DataFrame(rows)).to_dict("records")}
             chosen = [(x, y) for x, y, r in zip(xs, ys, ordered, strict=True) if r["configuration"] in best]
-            axes.plot([x for x, _ in chosen], [y for _, y in chosen], linestyle="none", marker="o", markersize=8.5,
-                      markerfacecolor="none", markeredgecolor=INK, markeredgewidth=0.7, zorder=6)  # fmt: skip
+            axes.plot(
+                [x for x, _ in chosen],
+                [y for _, y in chosen],
+                linestyle="none",
+                marker="o",
+                markersize=8.5,
+                markerfacecolor="none",
+                markeredgecolor=INK,
+                markeredgewidth=0.7,
+                zorder=6,
+            )
             lost = [log[r[column]] + shift[key] for r in rows if r["completed"] < r["runs"] and r[column] in log]
-            axes.plot(lost, [0.02] * len(lost), transform=axes.get_xaxis_transform(), linestyle="none", marker="x",
-                      markersize=4.5, color=style[key]["color"], clip_on=False, zorder=7)  # fmt: skip
+            if lost:  # an empty unclipped line would have no finite extent, which the layout cannot take
+                axes.plot(
+                    lost,
+                    [0.02] * len(lost),
+                    transform=axes.get_xaxis_transform(),
+                    linestyle="none",
+                    marker="x",
+                    markersize=4.5,
+                    color=style[key]["color"],
+                    clip_on=False,
+                    zorder=7,
+                )
     axes.margins(x=0.08, y=0.12)
-    ticks = [v for i, v in enumerate(log) if len(log) <= 7 or i % math.ceil(len(log) / 7) == 0]
-    axes.xaxis.set_major_locator(FixedLocator([log[v] for v in ticks]))
+    if len(log) > 6 and base == 10:  # methods with grids of their own: decades say enough
+        ticks = log_ticks(min(log), max(log))
+    else:
+        ticks = [v for i, v in enumerate(log) if i % math.ceil(len(log) / 7) == 0]
+    axes.xaxis.set_major_locator(FixedLocator([math.log(v, base) for v in ticks]))
     axes.xaxis.set_major_formatter(FixedFormatter([_scientific(v) if base == 10 else f"{v:g}" for v in ticks]))
     axes.xaxis.set_minor_locator(NullLocator())
 
