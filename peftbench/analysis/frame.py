@@ -10,6 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -68,6 +69,14 @@ def number(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def rows_of(table: pd.DataFrame) -> list[dict[Any, Any]]:
+    """Rows as dicts, with None for every missing value whatever the column's type made of it."""
+    return [
+        {key: None if isinstance(v, float) and v != v else v for key, v in row.items()}
+        for row in table.to_dict("records")
+    ]
+
+
 def dig(mapping: Any, path: Iterable[str]) -> Any:
     """The value at `path` in nested mappings, or None where a step is missing or null."""
     for key in path:
@@ -88,10 +97,13 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def configuration_id(spec: Mapping[str, Any]) -> str:
-    """First 12 hex digits of the sha256 of the spec without seed, profile and device."""
-    kept = {key: value for key, value in spec.items() if key not in ("seed", "profile", "device")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:12]
+def content(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run id hashes, less the seed: equal for all seeds of one configuration (see `RunSpec.content`)."""
+    train = {key: value for key, value in (spec.get("train") or {}).items() if key != "eval_batch_size"}
+    if train.get("steps") is not None:
+        train.pop("epochs", None)
+    kept = {key: spec.get(key) for key in ("model", "method", "task", "protocol", "identity")}
+    return {**kept, "train": train}
 
 
 def frame(records: Sequence[Record]) -> pd.DataFrame:
@@ -109,8 +121,10 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
         unique.setdefault(str(record.get("run_id")), record)
     rows, settings = [], []
     for record in unique.values():
-        rows.append(_row(record))
-        settings.append(_settings(record["spec"]))
+        row, kept = _row(record), content(record["spec"])
+        text = json.dumps(kept, sort_keys=True, default=str)
+        rows.append(row | {"configuration": hashlib.sha256(text.encode()).hexdigest()[:12]})
+        settings.append(_settings(kept))
     _infer_subset(rows)
     _add_labels(rows, settings)
     for row in rows:
@@ -121,6 +135,7 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
 def _row(record: Record) -> dict[str, Any]:
     run_id, spec = record.get("run_id"), record.get("spec") or {}
     needed = {"run_id": run_id, "status": record.get("status")}
+    needed["spec.seed"] = spec.get("seed")
     needed |= {f"spec.{part}.name": dig(spec, (part, "name")) for part in ("model", "method", "task")}
     missing = [key for key, value in needed.items() if value is None]
     if missing:
@@ -140,7 +155,6 @@ def _row(record: Record) -> dict[str, Any]:
         "data_subset": quality.get("data_subset"),
         "device_kind": dig(spec, ("identity", "device_kind")) or dig(record, ("cost", "device_kind")) or "unknown",
         "method": spec["method"]["name"],
-        "configuration": configuration_id(spec),
         "learning_rate": number(dig(spec, ("train", "learning_rate"))),
         "rank": int(rank) if isinstance(rank, int) and not isinstance(rank, bool) else None,
         "seed": spec.get("seed"),
@@ -162,8 +176,8 @@ def _row(record: Record) -> dict[str, Any]:
     return row
 
 
-def _settings(spec: Mapping[str, Any]) -> dict[str, Any]:
-    flat = flatten({part: spec.get(part) or {} for part in LABEL_ORDER})
+def _settings(kept: Mapping[str, Any]) -> dict[str, Any]:
+    flat = flatten({part: kept[part] or {} for part in LABEL_ORDER})
     return {key: value for key, value in flat.items() if not key.startswith("method.suggested")}
 
 
@@ -222,13 +236,19 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
     return {key: SHORT_NAMES.get(name, name) if count[name] == 1 else key for key, name in last.items()}
 
 
+def short_float(value: float) -> str:
+    """Up to six digits, without zeros in the exponent: 0.00005 → "5e-5"."""
+    mantissa, _, exponent = f"{value:g}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+
+
 def _text(value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:g}"
+        return short_float(value)
     if isinstance(value, list | tuple):
         return "+".join(_text(v) for v in value) or "none"
     text = str(value)
@@ -250,28 +270,27 @@ def configurations(runs: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     named = [*PANEL, "method", "variant", "label", "line", "learning_rate", "rank"]
-    for configuration, group in runs.groupby("configuration", sort=False):
-        completed = group[group["status"] == "completed"]
-        scored = completed[completed["test"].notna()]
+    groups: dict[str, list[dict[Any, Any]]] = {}
+    for run in rows_of(runs):  # plain dicts: a pandas group a configuration takes seconds for a thousand runs
+        groups.setdefault(run["configuration"], []).append(run)
+    for configuration, group in groups.items():
+        completed = [run for run in group if run["status"] == "completed"]
         row: dict[str, Any] = {"configuration": configuration}
-        row |= {column: _first(group[column]) for column in named}
-        row["primary_metric"] = _first(completed["primary_metric"])
-        row["greater_is_better"] = bool(_first(completed["greater_is_better"]) in (True, None))
+        row |= {column: group[0][column] for column in named}
+        row["primary_metric"] = completed[0]["primary_metric"] if completed else None
+        row["greater_is_better"] = bool(completed[0]["greater_is_better"]) if completed else True
         row["runs"] = len(group)
-        row |= {status: int((group["status"] == status).sum()) for status in STATUSES}
-        row["seeds"] = len(scored)
-        row["tried_seeds"] = frozenset(group["seed"])
+        row |= {status: sum(run["status"] == status for run in group) for status in STATUSES}
+        row["tried_seeds"] = frozenset(int(run["seed"]) for run in group)
         for split in ("test", "validation"):
-            by_seed = {int(s): float(v) for s, v in zip(completed["seed"], completed[split], strict=True) if v == v}
+            by_seed = {int(run["seed"]): float(run[split]) for run in completed if run[split] is not None}
             s = summarize(list(by_seed.values()))
             row |= {f"{split}_mean": s.mean, f"{split}_std": s.std, f"{split}_low": s.low, f"{split}_high": s.high}
             row[f"{split}_by_seed"] = by_seed
+        row["seeds"] = len(row["test_by_seed"])
         for column in COST_PATHS:
-            present = group[column].dropna()
-            if column in TEXT_COSTS:
-                row[column] = _first(present)
-            else:
-                row[column] = float(present.astype(float).median()) if len(present) else None
+            present = [run[column] for run in group if run[column] is not None]
+            row[column] = None if not present else present[0] if column in TEXT_COSTS else median(present)
         rows.append(row)
     # A configuration of which no run completed still belongs under its task's metric.
     metrics = {(r["task"]): (r["primary_metric"], r["greater_is_better"]) for r in rows if r["primary_metric"]}
@@ -283,24 +302,17 @@ def configurations(runs: pd.DataFrame) -> pd.DataFrame:
     return _with_gaps(table)
 
 
-def _first(series: Any) -> Any:
-    for value in series:
-        if value is not None and value == value:
-            return value
-    return None
-
-
 def _with_gaps(table: pd.DataFrame) -> pd.DataFrame:
     chosen = selected(table)
     references: dict[tuple[Any, ...], dict[Any, Any]] = {}
-    for row in chosen[(chosen["method"] == REFERENCE) & (chosen["seeds"] > 0)].to_dict("records"):
+    for row in rows_of(chosen[(chosen["method"] == REFERENCE) & (chosen["seeds"] > 0)]):
         key, sign = tuple(row[c] for c in PANEL), 1 if row["greater_is_better"] else -1
         known = references.get(key)
         # Of several ways to fine-tune fully, the one that validation prefers is the reference.
         if known is None or sign * _or_worst(row, sign) > sign * _or_worst(known, sign):
             references[key] = row
     gaps = []
-    for row in table.to_dict("records"):
+    for row in rows_of(table):
         reference = references.get(tuple(row[c] for c in PANEL))
         is_reference = reference is not None and reference["configuration"] == row["configuration"]
         g = None if reference is None or is_reference else gap(row["test_by_seed"], reference["test_by_seed"])
@@ -320,26 +332,36 @@ def _or_worst(row: Mapping[Any, Any], sign: int) -> float:
 def selected(table: pd.DataFrame) -> pd.DataFrame:
     """One row a (panel, variant): the learning rate that did best on validation, never on test.
 
-    Learning rates are compared over the seeds that all of them tried (over each one's own where they share none): the
-    fewest runs lost to divergence, memory or failure first, then the better mean of the primary metric on validation,
-    then the smaller learning rate. `learning_rates` counts the values tried.
+    Those tried with the most seeds come first, since a study that tunes on one seed reruns its choice with more; equals
+    are compared over the seeds that all of them tried: the fewest runs lost to divergence, memory or failure, then the
+    better mean of the primary metric on validation, then the smaller learning rate. `learning_rates` counts the values
+    tried; `validation_prefers` is the one that the seeds shared by all values would choose, where it is another.
     """
     rows = []
     for _, group in table.groupby([*PANEL, "variant"], sort=False, dropna=False):
-        candidates: list[dict[Any, Any]] = group.to_dict("records")
-        shared = frozenset.intersection(*(c["tried_seeds"] for c in candidates))
-
-        def merit(c: Mapping[Any, Any], shared: frozenset[int] = shared) -> tuple[float, float, float]:
-            compared = shared or c["tried_seeds"]
-            values = [v for seed, v in c["validation_by_seed"].items() if seed in compared]
-            centre, sign = mean(values), 1 if c["greater_is_better"] else -1
-            lost = 1 - len(values) / len(compared)
-            return lost, math.inf if centre is None else -sign * centre, number(c["learning_rate"]) or 0.0
-
-        best = min(candidates, key=merit)
+        candidates = rows_of(group)
+        most = max((len(c["tried_seeds"]) for c in candidates if c["seeds"]), default=0)
+        best = _best_on_validation(
+            [c for c in candidates if c["seeds"] and len(c["tried_seeds"]) == most] or candidates
+        )
+        by_all = _best_on_validation(candidates)
+        other = None if by_all["learning_rate"] == best["learning_rate"] else by_all["learning_rate"]
         rates = {c["learning_rate"] for c in candidates}
-        rows.append({**best, "learning_rates": len(rates)})
-    return pd.DataFrame(rows, columns=[*table.columns, "learning_rates"])
+        rows.append({**best, "learning_rates": len(rates), "validation_prefers": other})
+    return pd.DataFrame(rows, columns=[*table.columns, "learning_rates", "validation_prefers"])
+
+
+def _best_on_validation(candidates: Sequence[dict[Any, Any]]) -> dict[Any, Any]:
+    shared = frozenset.intersection(*(c["tried_seeds"] for c in candidates))
+
+    def merit(c: Mapping[Any, Any]) -> tuple[float, float, float]:
+        compared = shared or c["tried_seeds"]  # learning rates without a seed in common: each over its own
+        values = [v for seed, v in c["validation_by_seed"].items() if seed in compared]
+        centre, sign = mean(values), 1 if c["greater_is_better"] else -1
+        lost = 1 - len(values) / len(compared)
+        return lost, math.inf if centre is None else -sign * centre, c["learning_rate"] or 0.0
+
+    return min(candidates, key=merit)
 
 
 def over_tasks(chosen: pd.DataFrame) -> pd.DataFrame:
@@ -360,7 +382,7 @@ def over_tasks(chosen: pd.DataFrame) -> pd.DataFrame:
         by_task = list(scored["test_by_seed"])
         shared = sorted(set.intersection(*(set(b) for b in by_task)))
         means = [math.fsum(b[seed] for b in by_task) / len(by_task) for seed in shared]
-        row = dict(scored.to_dict("records")[0])
+        row = rows_of(scored)[0]
         row |= {"test_mean": mean([float(v) for v in scored["test_mean"]]), "test_std": std(means)}
         row |= {"seeds": len(shared), "tasks": len(tasks), "is_reference": bool(scored["is_reference"].all())}
         for column in set(COST_PATHS) - TEXT_COSTS:
@@ -378,4 +400,4 @@ def task_title(row: Mapping[Any, Any]) -> str:
 
 def task_titles(table: pd.DataFrame) -> list[str]:
     """Distinct `task_title`s, sorted."""
-    return sorted({task_title(row) for row in table[["task", "data_subset", "protocol"]].to_dict("records")})
+    return sorted({task_title(row) for row in rows_of(table[["task", "data_subset", "protocol"]].drop_duplicates())})

@@ -23,7 +23,17 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from peftbench.analysis.frame import PANEL, REFERENCE, number, over_tasks, selected, task_title, task_titles
+from peftbench.analysis.frame import (
+    PANEL,
+    REFERENCE,
+    number,
+    over_tasks,
+    rows_of,
+    selected,
+    short_float,
+    task_title,
+    task_titles,
+)
 from peftbench.analysis.pareto import front
 from peftbench.analysis.tables import memory_title, metric_title, slug
 
@@ -270,7 +280,9 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float]], texts: Seque
         for bars in container[2]:  # type: ignore[index]
             for segment in bars.get_segments():
                 (x0, y0), (x1, y1) = axes.transData.transform(segment)
-                blocks.append(Bbox.from_extents(min(x0, x1) - 1, min(y0, y1), max(x0, x1) + 1, max(y0, y1)))
+                blocks.append(
+                    Bbox.from_extents(min(x0, x1) - 2 * pixels, min(y0, y1), max(x0, x1) + 2 * pixels, max(y0, y1))
+                )
     lines = [box for line in axes.lines if line.get_gid() in ("reference", "front") for box in _segments(line, pixels)]
     artists = [axes.text(0, 0, text, fontsize=size, color=INK) for text in texts]
     shapes = [(b.width + 1.5 * pixels, b.height * 0.92) for b in (a.get_window_extent(renderer) for a in artists)]
@@ -305,8 +317,11 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float]], texts: Seque
     crowd = [sum(math.dist(a, b) < 45 * pixels for b in centres) for a in centres]
     order = sorted(range(len(texts)), key=lambda i: (-crowd[i], i))
     for _ in range(3):
+        before = dict(placed)
         for i in order:
             settle(i)
+        if before == placed:
+            break
     if any(conflict(i, box) > 2.0 * pixels**2 for i, (_, box) in placed.items()):
         return False
     for i, (distance, box) in placed.items():
@@ -368,7 +383,7 @@ def figure_groups(table: pd.DataFrame) -> Iterator[tuple[str, str, list[Panel]]]
     several = [c for c in ("model", "device_kind") if table[c].nunique() > 1]
     panels: dict[tuple[str, ...], list[Panel]] = {}
     for _, group in table.groupby(PANEL, sort=True):
-        rows = group.to_dict("records")
+        rows = rows_of(group)
         task, hosts = task_title(rows[0]), tuple(str(rows[0][c]) for c in several)
         if len(tasks) == 1:
             panels.setdefault((), []).append(Panel(", ".join(hosts) or f"{task}, {rows[0]['model']}", rows))
@@ -457,7 +472,7 @@ def pareto_plots(chosen: pd.DataFrame) -> Iterator[Plot]:
         average = over_tasks(chosen)
         for (model, device), group in average.groupby(["model", "device_kind"], sort=True):
             hosts = [str(v) for v, c in ((model, "model"), (device, "device_kind")) if chosen[c].nunique() > 1]
-            panel = Panel(", ".join(hosts) or str(model), group.to_dict("records"))
+            panel = Panel(", ".join(hosts) or str(model), rows_of(group))
             name = "-".join(["pareto", cost.stem, "mean", *map(slug, hosts)])
             metric = f"test metric, mean of {group['tasks'].iloc[0]} tasks"
             plot = pareto_figure([panel], cost, styles, name, "", metric)
@@ -619,7 +634,7 @@ def learning_rate_plots(table: pd.DataFrame) -> Iterator[Plot]:
     for stem, title, panels in figure_groups(table):
         name = "-".join(filter(None, ["learning-rate", stem]))
         caption = (
-            "Validation metric against learning rate, the ground on which a learning rate is selected (ringed). Bars: "
+            "Validation metric against learning rate; the selected one, compared over shared seeds, is ringed. Bars: "
             "standard deviation over seeds. Crosses on the axis: runs that diverged or failed there."
         )
         plot = _curves(
@@ -721,7 +736,7 @@ def _draw_curves(
                 zorder=3,
             )
         if split == "validation":
-            best = {r["configuration"] for r in selected(pd.DataFrame(rows)).to_dict("records")}
+            best = {r["configuration"] for r in rows_of(selected(pd.DataFrame(rows)))}
             chosen = [(x, y) for x, y, r in zip(xs, ys, ordered, strict=True) if r["configuration"] in best]
             axes.plot(
                 [x for x, _ in chosen],
@@ -753,14 +768,10 @@ def _draw_curves(
     else:
         ticks = [v for i, v in enumerate(log) if i % math.ceil(len(log) / 7) == 0]
     axes.xaxis.set_major_locator(FixedLocator([math.log(v, base) for v in ticks]))
-    axes.xaxis.set_major_formatter(FixedFormatter([_scientific(v) if base == 10 else f"{v:g}" for v in ticks]))
+    axes.xaxis.set_major_formatter(
+        FixedFormatter([short_float(float(f"{v:.3g}")) if base == 10 else f"{v:g}" for v in ticks])
+    )
     axes.xaxis.set_minor_locator(NullLocator())
-
-
-def _scientific(value: float) -> str:
-    """0.0003 → "3e-4"."""
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def all_plots(table: pd.DataFrame) -> Iterator[Plot]:

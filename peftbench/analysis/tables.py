@@ -18,7 +18,9 @@ from peftbench.analysis.frame import (
     frame,
     number,
     over_tasks,
+    rows_of,
     selected,
+    short_float,
     task_title,
     task_titles,
 )
@@ -145,12 +147,12 @@ def ranked(table: pd.DataFrame) -> list[dict[Any, Any]]:
         merit = math.inf if value is None else (-value if row["greater_is_better"] else value)
         return row["model"], row["device_kind"], merit, row["method"], row["label"]
 
-    return sorted(table.to_dict("records"), key=key)
+    return sorted(rows_of(table), key=key)
 
 
 def leaderboards(chosen: pd.DataFrame, label: str = "variant") -> list[Table]:
     """One table a task (and protocol and data), of `configurations` or `selected` rows; best first within a model."""
-    titles = [task_title(row) for row in chosen.to_dict("records")]
+    titles = [task_title(row) for row in rows_of(chosen)]
     tables = []
     for title in sorted(set(titles)):
         rows = ranked(chosen[[t == title for t in titles]])
@@ -161,33 +163,24 @@ def leaderboards(chosen: pd.DataFrame, label: str = "variant") -> list[Table]:
 def _leaderboard(title: str, rows: list[dict[Any, Any]], chosen: pd.DataFrame, label: str) -> Table:
     metric = metric_title(rows[0]["primary_metric"])
     digits = metric_digits([r["test_mean"] for r in rows])
-    # Several kinds of measurement never share a column.
-    kinds = sorted({str(r["memory_kind"]) for r in rows if r["memory_kind"]})
     columns: list[tuple[str, list[str]]] = [("method", [str(r[label]) for r in rows])]
     for column, header in (("model", "model"), ("device_kind", "device")):
         if chosen[column].nunique() > 1:
             columns.append((header, [str(r[column]) for r in rows]))
     text_columns = len(columns)
     if label == "variant" and any(r.get("learning_rates", 1) > 1 for r in rows):
-        columns.append(
-            ("selected lr", [MISSING if (v := number(r["learning_rate"])) is None else f"{v:g}" for r in rows])
-        )
+        rates = [number(r["learning_rate"]) for r in rows]
+        columns.append(("selected lr", [MISSING if v is None else short_float(v) for v in rates]))
+    if label == "label":
+        cells = [plus_minus(r["validation_mean"], r["validation_std"], digits) for r in rows]
+        columns.append((f"validation {metric}", cells))
     columns += [
         (f"test {metric}", [plus_minus(r["test_mean"], r["test_std"], digits) for r in rows]),
         ("seeds", [run_counts(r) for r in rows]),
     ]
     if any(r["is_reference"] for r in rows):
         columns.append(("gap to full", [_gap(r, digits) for r in rows]))
-    columns += [
-        ("adapter params", [human_count(r["adapter_parameters"]) for r in rows]),
-        ("head params", [human_count(r["head_parameters"]) for r in rows]),
-        ("checkpoint", [human_bytes(r["checkpoint_bytes"]) for r in rows]),
-        ("step time p50", [human_seconds(r["step_seconds_p50"]) for r in rows]),
-        ("tokens/s", [human_count(r["tokens_per_second"]) for r in rows]),
-    ]
-    for kind in kinds or [""]:
-        cells = [human_bytes(r["memory_peak_bytes"]) if kind in ("", r["memory_kind"]) else MISSING for r in rows]
-        columns.append((memory_title(kind) if kind else "peak memory", cells))
+    columns += _cost_columns(rows) if label == "variant" else []
     return Table(
         name=f"leaderboard-{slug(title)}",
         title=f"{title}: test {metric}",
@@ -197,6 +190,22 @@ def _leaderboard(title: str, rows: list[dict[Any, Any]], chosen: pd.DataFrame, l
         text_columns=text_columns,
         notes=_notes(rows),
     )
+
+
+def _cost_columns(rows: Sequence[Mapping[Any, Any]]) -> list[tuple[str, list[str]]]:
+    columns = [
+        ("adapter params", [human_count(r["adapter_parameters"]) for r in rows]),
+        ("head params", [human_count(r["head_parameters"]) for r in rows]),
+        ("checkpoint", [human_bytes(r["checkpoint_bytes"]) for r in rows]),
+        ("step time p50", [human_seconds(r["step_seconds_p50"]) for r in rows]),
+        ("tokens/s", [human_count(r["tokens_per_second"]) for r in rows]),
+    ]
+    # Several kinds of measurement never share a column.
+    kinds = sorted({str(r["memory_kind"]) for r in rows if r["memory_kind"]})
+    for kind in kinds or [""]:
+        cells = [human_bytes(r["memory_peak_bytes"]) if kind in ("", r["memory_kind"]) else MISSING for r in rows]
+        columns.append((memory_title(kind) if kind else "peak memory", cells))
+    return columns
 
 
 def _gap(row: Mapping[Any, Any], digits: int) -> str:
@@ -213,6 +222,14 @@ def _notes(rows: Sequence[Mapping[Any, Any]]) -> list[str]:
         notes.append("Lower is better; a positive gap is worse than full fine-tuning.")
     if any(r["gap_paired"] is False for r in rows):
         notes.append("Where seeds do not match those of full fine-tuning, the gap is a difference of means (unpaired).")
+    others = [
+        f"{r['variant']} ({short_float(v)})" for r in rows if (v := number(r.get("validation_prefers"))) is not None
+    ]
+    if others:
+        notes.append(
+            "Shown is the learning rate run with the most seeds; over the seeds that all learning rates share, "
+            f"validation prefers another one for {', '.join(others)}."
+        )
     if any(r["seeds"] == 1 for r in rows):
         notes.append(ONE_SEED)
     return notes
@@ -223,12 +240,12 @@ def overview(chosen: pd.DataFrame) -> Table | None:
     tasks = task_titles(chosen)
     if len(tasks) < 2:
         return None
-    averages = {_row_key(r): r for r in over_tasks(chosen).to_dict("records")}
+    averages = {_row_key(r): r for r in rows_of(over_tasks(chosen))}
     digits = metric_digits(list(chosen["test_mean"]))
     several = [(c, h) for c, h in (("model", "model"), ("device_kind", "device")) if chosen[c].nunique() > 1]
     entries = []
     for (model, device, variant), group in chosen.groupby(["model", "device_kind", "variant"], sort=False):
-        by_task = {task_title(r): r for r in group.to_dict("records")}
+        by_task = {task_title(r): r for r in rows_of(group)}
         average = averages.get((model, device, variant))
         named = {"variant": variant, "model": model, "device_kind": device}
         cells = [str(variant), *(str(named[c]) for c, _ in several)]
@@ -246,7 +263,7 @@ def overview(chosen: pd.DataFrame) -> Table | None:
         sign = -1 if average and average["greater_is_better"] else 1
         entries.append(((model, device, merit is None, sign * (merit or 0.0), variant), cells, raw))
     entries.sort(key=lambda entry: entry[0])
-    metrics = {task_title(r): metric_title(r["primary_metric"]) for r in chosen.to_dict("records")}
+    metrics = {task_title(r): metric_title(r["primary_metric"]) for r in rows_of(chosen)}
     notes = ["Metrics: " + "; ".join(f"{task}: {metrics[task]}" for task in tasks) + "."]
     notes.append("The mean over tasks averages these metrics and is given only where every task has a score.")
     return Table(
@@ -256,7 +273,7 @@ def overview(chosen: pd.DataFrame) -> Table | None:
         rows=[cells for _, cells, _ in entries],
         raw=pd.DataFrame([raw for _, _, raw in entries]),
         text_columns=1 + len(several),
-        notes=notes + [note for note in _notes(chosen.to_dict("records")) if note != ONE_SEED],
+        notes=notes + [note for note in _notes(rows_of(chosen)) if note in (PAPER, SUBSET)],
     )
 
 
@@ -269,7 +286,7 @@ def every_metric(runs: pd.DataFrame, chosen: pd.DataFrame) -> Table | None:
     columns = [c for c in runs.columns if c.startswith("test.") or c.startswith("test_")]
     completed = runs[runs["status"] == "completed"]
     rows, raws = [], []
-    for row in chosen.to_dict("records"):
+    for row in rows_of(chosen):
         group = completed[completed["configuration"] == row["configuration"]]
         for column in columns:
             values = [float(v) for v in group[column].dropna()]
@@ -302,7 +319,7 @@ def unfinished(runs: pd.DataFrame) -> Table | None:
             _reason(r),
             r["run_id"],
         ]
-        for r in lost.to_dict("records")
+        for r in rows_of(lost)
     ]
     headers = ["status", "task", "model", "configuration", "seed", "reason", "run"]
     return Table("unfinished", "Runs that did not complete", headers, rows, lost[columns], text_columns=7)
