@@ -30,7 +30,6 @@ from peftbench.analysis.frame import (
     over_tasks,
     rows_of,
     selected,
-    short_float,
     task_title,
     task_titles,
 )
@@ -580,7 +579,7 @@ def _draw_pareto(axes: Axes, rows: Sequence[Row], cost: Cost, styles: Styles) ->
             gid="front",
         )
     for row, x, y in zip(rows, xs, ys, strict=True):
-        style = styles.marker(row)
+        style = styles.marker(row, 5.0 if len(rows) <= MOST_LABELS else 3.8)
         spread = number(row["test_std"])
         if spread is not None:
             axes.errorbar(
@@ -768,10 +767,14 @@ def _draw_curves(
     else:
         ticks = [v for i, v in enumerate(log) if i % math.ceil(len(log) / 7) == 0]
     axes.xaxis.set_major_locator(FixedLocator([math.log(v, base) for v in ticks]))
-    axes.xaxis.set_major_formatter(
-        FixedFormatter([short_float(float(f"{v:.3g}")) if base == 10 else f"{v:g}" for v in ticks])
-    )
+    axes.xaxis.set_major_formatter(FixedFormatter([_scientific(v) if base == 10 else f"{v:g}" for v in ticks]))
     axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _scientific(value: float) -> str:
+    """0.0003 → "3e-4": one form along the whole axis."""
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def all_plots(table: pd.DataFrame) -> Iterator[Plot]:

@@ -144,7 +144,16 @@ def _markdown(
         lines += ["## Runs that did not complete", "", *_section(lost, titled=False)]
     lines += ["## How cost was measured", "", *_cost_text(records, runs), ""]
     lines += ["## Provenance", "", *_provenance(records, runs), ""]
-    lines += ["## Make this again", "", "```", *_commands(records, folder), "```", ""]
+    lines += [
+        "## Make this again",
+        "",
+        "Each record's `spec` holds its run, resolved.",
+        "",
+        "```",
+        *_commands(records, folder),
+        "```",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -202,9 +211,9 @@ def _reading(table: pd.DataFrame, chosen: pd.DataFrame) -> list[str]:
 
 
 def _cost_text(records: Sequence[Record], runs: pd.DataFrame) -> list[str]:
-    measured = [r["cost"] for r in records if r.get("cost")]
+    measured = [r["cost"] for r in records if dig(r, ("cost", "step_seconds"))]
     if not measured:
-        return ["No cost was measured."]
+        return ["Nothing was timed: parameters and checkpoints are counted, everything else is missing."]
     kinds = sorted({str(kind) for kind in runs["memory_kind"].dropna()})
     devices = sorted({str(c.get("device_kind")) for c in measured})
     clock = []
@@ -227,9 +236,15 @@ def _cost_text(records: Sequence[Record], runs: pd.DataFrame) -> list[str]:
         "- Tokens/s counts real tokens; the csv also has all tokens with padding.",
     ]
     lines += [f"- {MEMORY_TEXT.get(kind, f'Memory kind {kind}.')}" for kind in kinds]
+    restless = {c.get("profile_id") for c in measured if dig(c, ("step_seconds", "stable")) is False}
+    if restless:
+        lines.append(
+            f"- {len(restless)} of them had not settled when warm-up ended (steps still more than 5 % apart): another load "
+            "on the machine, or steps of a few milliseconds. Read their times as rough."
+        )
     unmeasured = int(runs["step_seconds_p50"].isna().sum())
     if unmeasured:
-        lines.append(f"- {unmeasured} of {len(runs)} runs carry no cost (they ended before it was measured).")
+        lines.append(f"- {unmeasured} of {len(runs)} runs carry no measured cost: it was off, or they ended before.")
     return lines
 
 
@@ -285,4 +300,6 @@ def _commands(records: Sequence[Record], folder: Path) -> list[str]:
         command = environment.get("command") or environment.get("argv")
         if command:
             commands[command if isinstance(command, str) else " ".join(map(str, command))] = None
-    return [*sorted(commands), f"python -m peftbench report {folder}"]
+    # Where the results lie differs from machine to machine: the sweep's own folder and its parent say enough.
+    shown = f"{folder.parent.name}/{folder.name}" if folder.is_absolute() else str(folder)
+    return [*sorted(commands), f"python -m peftbench report {shown}"]
