@@ -293,6 +293,12 @@ def test_gap_to_full_stays_within_model_task_and_protocol():
     assert table["bitfit"]["gap_mean"] is None
 
 
+def test_a_lost_run_is_filed_with_the_data_that_it_read():
+    records = [make_record(subset=True, data="part"), make_record(data="part", seed=1, status="failed"),
+               make_record(subset=None, data="whole")]  # fmt: skip
+    assert {(r["data_subset"], r["runs"]) for r in rows_of(table_of(*records))} == {(True, 2), (False, 1)}
+
+
 def test_learning_rate_is_selected_on_validation_not_test():
     records = [
         make_record(learning_rate=1e-3, validation=0.70, test=0.99),

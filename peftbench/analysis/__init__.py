@@ -1,0 +1,1 @@
+"""Records → frames, statistics, tables, figures, report: pure functions that never import torch."""

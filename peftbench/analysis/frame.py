@@ -182,13 +182,10 @@ def _settings(kept: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _infer_subset(rows: list[dict[str, Any]]) -> None:
-    """Failed runs have no quality: they take the flag of the runs that read the same data."""
+    """Runs without a quality take the flag of the runs that read the same data; where nobody says, it is no subset."""
     known = {(r["task"], r["data"]): r["data_subset"] for r in rows if r["data_subset"] is not None}
-    by_task = {task: flag for (task, _), flag in known.items()}
     for row in rows:
-        if row["data_subset"] is None:
-            row["data_subset"] = known.get((row["task"], row["data"]), by_task.get(row["task"], False))
-        row["data_subset"] = bool(row["data_subset"])
+        row["data_subset"] = bool(known.get((row["task"], row["data"]), False))
 
 
 def _add_labels(rows: list[dict[str, Any]], settings: list[dict[str, Any]]) -> None:

@@ -633,7 +633,7 @@ def learning_rate_plots(table: pd.DataFrame) -> Iterator[Plot]:
     for stem, title, panels in figure_groups(table):
         name = "-".join(filter(None, ["learning-rate", stem]))
         caption = (
-            "Validation metric against learning rate; the selected one, compared over shared seeds, is ringed. Bars: "
+            "Validation metric against learning rate; the selected one is ringed. Bars: "
             "standard deviation over seeds. Crosses on the axis: runs that diverged or failed there."
         )
         plot = _curves(

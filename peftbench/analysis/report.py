@@ -239,8 +239,8 @@ def _cost_text(records: Sequence[Record], runs: pd.DataFrame) -> list[str]:
     restless = {c.get("profile_id") for c in measured if dig(c, ("step_seconds", "stable")) is False}
     if restless:
         lines.append(
-            f"- {len(restless)} of them had not settled when warm-up ended (steps still more than 5 % apart): another load "
-            "on the machine, or steps of a few milliseconds. Read their times as rough."
+            f"- {len(restless)} of them had not settled when warm-up ended (steps still more than 5 % apart): another "
+            "load on the machine, or steps of a few milliseconds. Read their times as rough."
         )
     unmeasured = int(runs["step_seconds_p50"].isna().sum())
     if unmeasured:
