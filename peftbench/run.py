@@ -97,6 +97,11 @@ class Setting:
         return self.train.max_length
 
     @property
+    def profile_id(self) -> str:
+        """Id of the cost of the first run's configuration."""
+        return profile_id(self.specs[0], self.methods[0].traits.cost_free)
+
+    @property
     def recipes(self) -> list[Recipe]:
         """Return each run's optimizer settings."""
         configs = [build(TrainConfig, s.train, "train") for s in self.specs]
@@ -285,7 +290,7 @@ def _cost(alone: Setting, store: Store, encoded: Encoded, listener: Listener) ->
     """Return one run's cost: its configuration's kept profile, or one measured now, plus what is this task's own."""
     spec = alone.specs[0]
     profile = build(ProfileConfig, spec.profile, "profile")
-    key = profile_id(spec, alone.methods[0].traits.cost_free)
+    key = alone.profile_id
     cost = store.profile(key)
     if cost is None:
         if not profile.enabled:
@@ -437,6 +442,7 @@ def _train(setting: Setting, splits: dict[str, list[dict[str, Any]]], encoded: E
         validation = _split(assembly, splits["validation"])
         selection = Selection(setting.task, optimizer, len(seeds))
         last_shown = [0.0]
+        known: list[float] = []
 
         def evaluate(step: int) -> bool:
             listener.phase("evaluate")
@@ -445,19 +451,23 @@ def _train(setting: Setting, splits: dict[str, list[dict[str, Any]]], encoded: E
             listener.phase("train")
             return bool(optimizer.alive.any())
 
-        def on_step(step: int) -> None:
+        def on_step(step: int, losses: Tensor) -> None:
             now = time.monotonic()
             if now - last_shown[0] > 0.5 or step == steps:
                 last_shown[0] = now
-                listener.steps(step, steps, None)
+                # On a GPU a look at the loss would wait for the step; an evaluation waits anyway.
+                if setting.device.type == "cpu" or step in evaluate_at:
+                    known[:] = losses.tolist()
+                listener.steps(step, steps, known)
 
+        evaluate_at = _evaluation_steps(steps, per_epoch, config.evaluate_every)
         listener.phase("train")
         trace = train(
             assembly.objective,
             optimizer,
             table,
             list(packed_batches(buckets, config.batch_size, seeds, steps)),
-            evaluate_at=_evaluation_steps(steps, per_epoch, config.evaluate_every),
+            evaluate_at=evaluate_at,
             evaluate=evaluate,
             accumulation=config.accumulation,
             autocast=setting.autocast,
@@ -516,6 +526,27 @@ def _trace(losses: np.ndarray, rates: Sequence[float]) -> dict[str, Any]:
 
 
 # Packs.
+
+
+def measure_costs(specs: Sequence[RunSpec], store: Store, listener: Listener) -> None:
+    """Measure the cost of every configuration among `specs` that the store has no profile of, one after the other.
+
+    For the process that starts a sweep, before anything else uses the machine. A configuration that cannot be set up is
+    left to its run, whose record will say why.
+    """
+    for spec in specs:
+        try:
+            alone = Setting.of([spec])
+            if not build(ProfileConfig, spec.profile, "profile").enabled or store.profile(alone.profile_id) is not None:
+                continue
+            backbone = _backbone(alone)
+            rows = alone.task.splits(spec.protocol)["train"]
+            encoded = alone.task.encode(rows, backbone.tokenizer, alone.max_length, backbone.kind)
+            _cost(alone, store, encoded, listener)
+        except Exception as error:  # noqa: BLE001  the run meets the same error and records it
+            if isinstance(error.__cause__, OSError):
+                raise
+            _free(torch.device(spec.device))
 
 
 def run_pack(specs: Sequence[RunSpec], store: Store, listener: Listener) -> list[RunRecord]:

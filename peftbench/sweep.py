@@ -95,6 +95,14 @@ def prepare(arguments: Sequence[str], single: bool = False) -> Prepared:
     return Prepared(store, planned, jobs, lines)
 
 
+def measure_costs(prepared: Prepared, listener: Any) -> None:
+    """Measure the cost of every configuration still to train while nothing else runs on this machine."""
+    from peftbench import run
+
+    listener.note("cost is measured first, one configuration at a time")
+    run.measure_costs([spec for pack in prepared.jobs for spec in pack.specs], prepared.store, listener)
+
+
 def _check_space(folder: Path, runs: int) -> None:
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     free, needed = shutil.disk_usage(existing).free, runs * BYTES_PER_RUN

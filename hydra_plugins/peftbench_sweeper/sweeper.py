@@ -25,6 +25,10 @@ ConfigStore.instance().store(
 )
 
 
+LOCAL_LAUNCHERS = ("BasicLauncher", "JoblibLauncher")
+"""Launchers whose jobs share this machine: cost is measured here, before the first of them starts."""
+
+
 class PeftbenchSweeper(Sweeper):
     """Expands the grid with methods' own settings, leaves out what the store holds, and packs the rest."""
 
@@ -56,7 +60,9 @@ class PeftbenchSweeper(Sweeper):
         if not prepared.jobs:
             return prepared.outcome([])
         runs = sum(len(pack.specs) for pack in prepared.jobs)
-        with progress.display(len(prepared.jobs), runs, self.quiet):
+        with progress.display(len(prepared.jobs), runs, self.quiet) as listener:
+            if type(launcher).__name__ in LOCAL_LAUNCHERS:
+                sweep.measure_costs(prepared, listener)
             returns = launcher.launch([[f"members='{pack.encode()}'"] for pack in prepared.jobs], initial_job_idx=0)
         # JobReturn.return_value would print its own report of a failed job, override and all.
         return prepared.outcome(

@@ -70,7 +70,7 @@ def train(
     evaluate: Evaluate,
     accumulation: int = 1,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
-    on_step: Callable[[int], None] = lambda step: None,
+    on_step: Callable[[int, Tensor], None] = lambda step, losses: None,
 ) -> Trace:
     """Train on `batches`, one optimizer step each, evaluating after the steps in `evaluate_at`."""
     trace = Trace()
@@ -79,7 +79,7 @@ def train(
         trace.losses.append(
             train_step(objective, optimizer, table, batch, accumulation=accumulation, autocast=autocast)
         )
-        on_step(step)
+        on_step(step, trace.losses[-1])
         if step in evaluate_at:
             objective.train(False)
             proceed = evaluate(step)

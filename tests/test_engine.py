@@ -1,0 +1,170 @@
+"""The engine: batches, optimizer, and that a run in a pack gives the trace it gives alone."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from peftbench.engine.batches import TokenTable, evaluation_batches, make_buckets, packed_batches, steps_per_epoch
+from peftbench.engine.heads import PackedHead, pool
+from peftbench.engine.optimizer import PackedAdamW, Recipe, rate_factor
+from peftbench.tasks.base import Encoded
+
+LENGTHS = [3 + (7 * i) % 40 for i in range(203)]
+
+
+def test_every_epoch_visits_every_item_once_for_every_run() -> None:
+    buckets = make_buckets(LENGTHS, 8, 64)
+    steps = steps_per_epoch(buckets, 8)
+    batches = list(packed_batches(buckets, 8, [0, 1], 2 * steps))
+    assert len(batches) == 2 * steps
+    for epoch in range(2):
+        for run in range(2):
+            seen = np.concatenate([b.items[run] for b in batches if b.epoch == epoch])
+            assert sorted(seen) == list(range(203))
+
+
+def test_order_depends_on_the_seed_alone_and_buckets_are_shared() -> None:
+    buckets = make_buckets(LENGTHS, 8, 64)
+    alone = list(packed_batches(buckets, 8, [5], 30))
+    packed = list(packed_batches(buckets, 8, [2, 5, 9], 30))
+    for a, p in zip(alone, packed, strict=True):
+        assert np.array_equal(a.items[0], p.items[1])
+        assert a.length == p.length >= max(LENGTHS[i] for i in p.items.reshape(-1))
+    assert not all(np.array_equal(p.items[0], p.items[1]) for p in packed)
+
+
+def test_buckets_keep_padding_small() -> None:
+    buckets = make_buckets(LENGTHS, 4, 64)
+    padded = sum(b.length * len(b.items) for b in buckets)
+    assert padded < 1.35 * sum(LENGTHS)
+    assert max(LENGTHS) * len(LENGTHS) > 1.7 * sum(LENGTHS)
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_token_table_pads_on_the_side_asked_for(left: bool) -> None:
+    encoded = Encoded([[5, 6, 7], [8]], None, [1, 0], None)
+    batch = TokenTable(encoded, 0, "cpu", left=left).gather(np.array([[1, 0]]), 4)
+    assert batch["input_ids"].tolist() == ([[0, 0, 8], [5, 6, 7]] if left else [[8, 0, 0], [5, 6, 7]])
+    assert batch["attention_mask"].tolist() == ([[0, 0, 1], [1, 1, 1]] if left else [[1, 0, 0], [1, 1, 1]])
+    assert batch["targets"].tolist() == [0, 1]
+
+
+def test_evaluation_covers_every_item_once() -> None:
+    batches = list(evaluation_batches(LENGTHS, 16, 64))
+    assert sorted(np.concatenate([items for items, _ in batches])) == list(range(203))
+    assert all(length >= max(LENGTHS[i] for i in items) for items, length in batches)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "last"), [("constant", 1.0), ("linear", 0.1), ("cosine", 0.5 * (1 + math.cos(0.9 * math.pi)))]
+)
+def test_schedules_warm_up_and_fall_as_named(schedule: str, last: float) -> None:
+    factors = [rate_factor(s, 12, schedule, 2 / 12) for s in range(12)]
+    assert factors[:3] == [0.5, 1.0, 1.0]
+    assert factors[-1] == pytest.approx(last)
+    assert rate_factor(0, 10, schedule, 0.0) == 1.0
+
+
+def _packed_and_solos(decay: float, clip: float) -> tuple[PackedAdamW, list[torch.optim.AdamW], list[list[torch.nn.Parameter]]]:
+    g = torch.Generator().manual_seed(0)
+    shapes = [(4, 3), (5,)]
+    rates = [1e-2, 3e-3, 1e-1]
+    packed = [torch.nn.Parameter(torch.randn(3, *s, generator=g)) for s in shapes]
+    solos = [[torch.nn.Parameter(p[r].detach().clone()) for p in packed] for r in range(3)]
+    ours = PackedAdamW(packed, [], [Recipe(lr, decay, clip, "constant") for lr in rates], 10)
+    theirs = []
+    for lr, (matrix, vector) in zip(rates, solos, strict=True):
+        groups = [{"params": [matrix], "weight_decay": decay}, {"params": [vector], "weight_decay": 0.0}]
+        theirs.append(torch.optim.AdamW(groups, lr=lr))
+    return ours, theirs, solos
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_packed_adamw_equals_pytorchs_run_by_run(decay: float, clip: float) -> None:
+    ours, theirs, solos = _packed_and_solos(decay, clip)
+    g = torch.Generator().manual_seed(1)
+    for _ in range(10):
+        for i, p in enumerate(ours.packed):
+            p.grad = torch.randn(p.shape, generator=g)
+            for run in range(3):
+                solos[run][i].grad = p.grad[run].clone()
+        for run in range(3):
+            if clip:
+                torch.nn.utils.clip_grad_norm_(solos[run], clip)
+            theirs[run].step()
+        ours.step(torch.zeros(3))
+        for i, p in enumerate(ours.packed):
+            for run in range(3):
+                torch.testing.assert_close(p[run], solos[run][i], rtol=1e-5, atol=1e-6)
+
+
+def test_plain_parameters_follow_the_same_rule() -> None:
+    g = torch.Generator().manual_seed(0)
+    packed = torch.nn.Parameter(torch.randn(1, 4, 3, generator=g))
+    plain = torch.nn.Parameter(packed[0].detach().clone())
+    recipe = Recipe(1e-2, 0.1, 0.5, "linear", 0.2)
+    a = PackedAdamW([packed], [], [recipe], 10)
+    b = PackedAdamW([], [plain], [recipe], 10)
+    for _ in range(10):
+        grad = torch.randn(4, 3, generator=g)
+        packed.grad, plain.grad = grad[None].clone(), grad.clone()
+        a.step(torch.zeros(1))
+        b.step(torch.zeros(1))
+    torch.testing.assert_close(packed[0], plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_run_that_is_no_longer_finite_freezes_and_its_neighbours_never_notice(where: str) -> None:
+    (ours, _, _), (twin, _, _) = _packed_and_solos(0.1, 1.0), _packed_and_solos(0.1, 1.0)
+    g = torch.Generator().manual_seed(1)
+    for step in range(6):
+        losses = torch.zeros(3)
+        for p, q in zip(ours.packed, twin.packed, strict=True):
+            p.grad = torch.randn(p.shape, generator=g)
+            q.grad = p.grad.clone()
+            if step >= 2 and where == "gradient":
+                p.grad[1] = float("nan") if step % 2 else float("inf")
+        if step >= 2 and where == "loss":
+            losses[1] = float("nan")
+        if step == 2:
+            frozen = ours.flat[1].clone()
+        ours.step(losses)
+        twin.step(torch.zeros(3))
+    assert ours.alive.tolist() == [True, False, True]
+    assert torch.equal(ours.flat[1], frozen)
+    assert torch.equal(ours.flat[[0, 2]], twin.flat[[0, 2]])
+
+
+def test_a_plain_run_that_is_no_longer_finite_freezes() -> None:
+    plain = torch.nn.Parameter(torch.ones(4, 3))
+    optimizer = PackedAdamW([], [plain], [Recipe(1e-2)], 10)
+    plain.grad = torch.full((4, 3), float("nan"))
+    optimizer.step(torch.zeros(1))
+    assert torch.equal(plain.detach(), torch.ones(4, 3))
+    assert not optimizer.alive.item()
+
+
+def test_pooling_by_hand() -> None:
+    hidden = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [9.0, 9.0]]])
+    mask = torch.tensor([[1, 1, 0]])
+    assert pool(hidden, mask, "mean").tolist() == [[2.0, 3.0]]
+    assert pool(hidden, mask, "first").tolist() == [[1.0, 2.0]]
+    assert pool(hidden, mask, "last").tolist() == [[3.0, 4.0]]
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_a_packed_head_is_three_heads(kind: str) -> None:
+    def head(seeds: list[int]) -> PackedHead:
+        return PackedHead(kind, 6, 3, [torch.Generator().manual_seed(s) for s in seeds], 0.0)
+
+    x = torch.randn(3 * 4, 6)
+    together = head([1, 2, 3])(x)
+    for run in range(3):
+        alone = head([run + 1])
+        torch.testing.assert_close(alone(x[4 * run : 4 * run + 4])[0], together[run])
+        assert alone.parameter_count() == (6 * 3 + 3 if kind == "linear" else 6 * 6 + 6 + 6 * 3 + 3)
