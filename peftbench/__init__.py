@@ -1,8 +1,8 @@
 """peftbench: parameter-efficient fine-tuning methods, written from scratch and measured alike.
 
-    adapter = peftbench.attach(model, "lora", rank=8, targets=["attention.query", "attention.value"])
-    adapter.save("folder")
-    peftbench.load_adapter(model, "folder")
+adapter = peftbench.attach(model, "lora", rank=8, targets=["attention.query", "attention.value"])
+adapter.save("folder")
+peftbench.load_adapter(model, "folder")
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,12 +1,15 @@
 """The commands: ``python -m peftbench sweep|run|report|methods|models|tasks|doctor``."""
 
 import argparse
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 import peftbench
 from peftbench.cli import doctor, lists, report, sweep
+from peftbench.environment import COMMAND
 from peftbench.errors import UserError, nearest
 
 COMMANDS = {
@@ -60,6 +63,7 @@ def dispatch(arguments: Sequence[str]) -> int:
             f"{rest[0]}: not an argument of {given.command} (see python -m peftbench {given.command} --help)"
         )
     if given.command in ("sweep", "run"):
+        os.environ[COMMAND] = shlex.join(["python", "-m", "peftbench", *arguments])
         work = sweep.sweep if given.command == "sweep" else sweep.run
         return work([*given.overrides, *rest], given.quiet)
     if given.command == "report":

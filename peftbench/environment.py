@@ -75,11 +75,16 @@ def pick_device(device: str) -> str:
     return ("cuda" if present else "cpu") if device == "auto" else device
 
 
+COMMAND = "PEFTBENCH_COMMAND"
+"""Environment variable that carries the command line to the processes of a launcher."""
+
+
 @functools.cache
 def describe(device: str = "cpu") -> dict[str, Any]:
     """Return git commit and state, versions, machine and, for "cuda", the GPU with its memory and driver."""
     commit = _git("rev-parse", "HEAD")
     found: dict[str, Any] = {
+        "command": os.environ.get(COMMAND),
         "git_commit": commit,
         "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
         "python": platform.python_version(),

@@ -126,8 +126,8 @@ class Resolver:
 
     def _splits(self, task: Any, protocol: str) -> bool:
         """Read the rows once, so that a missing file or column is found before anything trains."""
-        task.splits(protocol)
-        return True
+        found = task.splits(protocol)
+        return all(found[split] for split in ("train", "validation", "test"))
 
     def _check(self, config: ModelConfig, method: Any, formulation: str, key: tuple[Any, ...]) -> bool:
         from peftbench.models.load import build_meta

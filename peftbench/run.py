@@ -543,7 +543,7 @@ def measure_costs(specs: Sequence[RunSpec], store: Store, listener: Listener) ->
             rows = alone.task.splits(spec.protocol)["train"]
             encoded = alone.task.encode(rows, backbone.tokenizer, alone.max_length, backbone.kind)
             _cost(alone, store, encoded, listener)
-        except Exception as error:  # noqa: BLE001  the run meets the same error and records it
+        except Exception as error:  # the run meets the same error and records it
             if isinstance(error.__cause__, OSError):
                 raise
             _free(torch.device(spec.device))

@@ -1,5 +1,6 @@
 """A sweep from its command line to its packs, and from its jobs' answers to one outcome."""
 
+import dataclasses
 import shutil
 import sys
 from collections.abc import Sequence
@@ -8,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from peftbench import overrides
-from peftbench.config import SweepConfig, build
+from peftbench.config import SweepConfig, SweepName, build
 from peftbench.errors import UserError
 from peftbench.job import Pack
 from peftbench.record import RunSpec
-from peftbench.resolve import Plan, demand, plan
+from peftbench.resolve import Plan, demand, experiment, plan
 from peftbench.store import Store
 
 BYTES_PER_RUN = 256 * 1024
@@ -60,7 +61,10 @@ class Prepared:
 def configure(arguments: Sequence[str]) -> tuple[overrides.Overrides, SweepConfig]:
     """Parse and check a command line; no method and no experiment named means the default experiment."""
     parsed = overrides.parse(arguments)
-    return parsed, build(SweepConfig, parsed.settings, "")
+    config = build(SweepConfig, parsed.settings, "")
+    if config.experiment is not None and "sweep.name" not in parsed.top:
+        config = dataclasses.replace(config, sweep=SweepName(experiment(config.experiment)[2]))
+    return parsed, config
 
 
 def sweep_folder(config: SweepConfig) -> Path:

@@ -69,7 +69,9 @@ def test_schedules_warm_up_and_fall_as_named(schedule: str, last: float) -> None
     assert rate_factor(0, 10, schedule, 0.0) == 1.0
 
 
-def _packed_and_solos(decay: float, clip: float) -> tuple[PackedAdamW, list[torch.optim.AdamW], list[list[torch.nn.Parameter]]]:
+def _packed_and_solos(
+    decay: float, clip: float
+) -> tuple[PackedAdamW, list[torch.optim.AdamW], list[list[torch.nn.Parameter]]]:
     g = torch.Generator().manual_seed(0)
     shapes = [(4, 3), (5,)]
     rates = [1e-2, 3e-3, 1e-1]

