@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
+from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
+
+Shape = Sequence[int]
+
+
+def _forward(query: Shape, key: Shape, value: Shape, *rest: Any, **options: Any) -> int:
+    return flop_counter.sdpa_flop(query, _heads(key, query), _heads(value, query))
+
+
+def _backward(grad: Shape, query: Shape, key: Shape, value: Shape, *rest: Any, **options: Any) -> int:
+    return flop_counter.sdpa_backward_flop(grad, query, _heads(key, query), _heads(value, query))
+
+
+def _heads(shape: Shape, query: Shape) -> tuple[int, ...]:
+    """Give keys and values that several query heads share the query's number of heads: the products are the same."""
+    return (shape[0], query[1], *shape[2:])
+
+
+def _attention_formulas() -> dict[Any, Callable[..., int]]:
+    """Formulas for every SDPA kernel: older PyTorch refuses grouped heads and does not know the CPU's kernel."""
+    formulas: dict[Any, Callable[..., int]] = {}
+    for kernel in ("efficient_attention", "flash_attention", "cudnn_attention", "flash_attention_for_cpu"):
+        for suffix, formula in (("", _forward), ("_backward", _backward)):
+            operation = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}{suffix}", None)
+            if operation is not None:
+                formulas[operation] = formula
+    return formulas
 
 
 def counted_flops(step: Callable[[], object]) -> int:
     """Return the FLOPs of one step's matrix products and attention, forward and backward."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_attention_formulas()) as counter:
         step()
     return int(counter.get_total_flops())
 
