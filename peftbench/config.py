@@ -81,6 +81,8 @@ class ModelConfig:
         one_of("model.head", self.head, HEADS)
         one_of("model.weights", self.weights, WEIGHTS)
         one_of("model.attention", self.attention, ATTENTIONS)
+        if self.quantization is not None:
+            raise UserError(f"model.quantization={self.quantization}: no quantized base is available; expected null")
         if self.weights == "random" and self.architecture is None and self.checkpoint is None:
             raise UserError(
                 f"model.weights=random: {self.name!r} gives neither model.architecture nor model.checkpoint"

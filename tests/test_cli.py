@@ -79,6 +79,7 @@ def test_doctor_says_what_it_found(capsys):
 
 
 BAD = [
+    (["method=lora", "model.quantization=nf4"], "model.quantization=nf4: no quantized base is available"),
     (["method=lorra"], "method=lorra: no such method; did you mean 'lora'?"),
     (["method=lora", "model=tiny-brt"], "did you mean 'tiny-bert'"),
     (["method=lora", "task=movie-review"], "did you mean 'movie-reviews'"),
