@@ -112,6 +112,6 @@ def _check_space(folder: Path, runs: int) -> None:
     free, needed = shutil.disk_usage(existing).free, runs * BYTES_PER_RUN
     if free < needed:
         raise UserError(
-            f"results={folder}: {free / 2**20:.0f} MiB free, {runs} runs need about {needed / 2**20:.0f} MiB;"
+            f"results={folder}: {free / 2**20:.2f} MiB free, {runs} runs need about {needed / 2**20:.2f} MiB;"
             " free some space or choose another folder with results=<folder>"
         )

@@ -110,12 +110,12 @@ class LinearDelta(Delta):
         raise NotImplementedError(f"{type(self).__name__} cannot be merged")
 
 
-class HiddenDelta(Delta):
+class HiddenDelta(Delta, ABC):
     """Changes a sublayer's output before the residual sum."""
 
+    @abstractmethod
     def forward(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Map sublayer input and output, both [R, N, D], to the new output."""
-        raise NotImplementedError
 
 
 class NormDelta(Delta):
@@ -135,29 +135,20 @@ class NormDelta(Delta):
         return sum(site.width for name, on in wanted if on and getattr(site.module, name, None) is not None)
 
 
-class EmbeddingDelta(Delta):
+class EmbeddingDelta(Delta, ABC):
     """Prepends virtual tokens to the input embeddings."""
 
+    @abstractmethod
     def prompt(self) -> Tensor:
         """Return the virtual tokens' embeddings [R, P, D]."""
-        raise NotImplementedError
 
 
-class AttentionDelta(Delta):
+class AttentionDelta(Delta, ABC):
     """Prepends extra keys and values to an attention's own."""
 
+    @abstractmethod
     def prefix(self) -> tuple[Tensor, Tensor]:
         """Return keys and values, both [R, P, H_kv, D_head]."""
-        raise NotImplementedError
-
-
-class WeightDelta(Delta):
-    """Trains parameters of the base itself; nothing is added and nothing can be packed."""
-
-    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
-        super().__init__(1)
-        self.trained = parameters
-        """Name in the base → the base's own parameter (kept out of this module's registry)."""
 
 
 @dataclass(frozen=True)
