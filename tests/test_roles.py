@@ -635,3 +635,24 @@ def test_a_module_without_a_transformers_model_is_refused():
 def test_first_input():
     assert first_input((1,), {}) == 1
     assert first_input((), SimpleNamespace(hidden_states=2).__dict__) == 2
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_dense_weight_and_bias_are_the_roles_own_part(name):
+    model = make(name)
+    for site in find_sites(model, "linear"):
+        x = torch.randn(3, site.in_features, generator=torch.Generator().manual_seed(0))
+        rows = slice(None) if site.columns is None else site.columns
+        whole = site.module(x)
+        own = whole[:, list(rows)] if isinstance(rows, tuple) else whole[:, rows]
+        weight, bias = site.dense_weight(), site.dense_bias()
+        assert weight.dtype == torch.float32
+        assert not weight.requires_grad
+        assert weight.shape == (site.out_features, site.in_features)
+        product = torch.nn.functional.linear(x, weight, bias)
+        torch.testing.assert_close(product, own, rtol=1e-5, atol=1e-5)
+    with torch.device("meta"):
+        meta = make(name)
+    for site in find_sites(meta, "linear"):
+        assert site.dense_weight().shape == (site.out_features, site.in_features)
+        assert (site.dense_bias() is None) == (site.module.bias is None)

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -71,6 +72,34 @@ class Site:
     def key(self) -> str:
         """Prefix of this site's tensors in a saved adapter: unique among the linear sites of a model."""
         return self.name if self.columns is None else f"{self.name}.{self.role.rpartition('.')[2]}"
+
+    @torch.no_grad()
+    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight of a linear site's own part, [out_features, in_features], whatever way its module holds it.
+
+        On the module's device, detached; it may share memory with the module's own weight, so do not write into it.
+        On the meta device: zeros on the CPU.
+        """
+        weight: Any = self.module.weight
+        weight = weight.detach().T if self.transposed else weight.detach()
+        if weight.is_meta:
+            return torch.zeros(self.out_features, self.in_features, dtype=dtype)
+        return weight[self._rows()].to(dtype)
+
+    @torch.no_grad()
+    def dense_bias(self, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """The bias of a linear site's own part, [out_features], or None; otherwise as `dense_weight`."""
+        bias: Any = self.module.bias
+        if bias is None:
+            return None
+        if bias.is_meta:
+            return torch.zeros(self.out_features, dtype=dtype)
+        return bias.detach()[self._rows()].to(dtype)
+
+    def _rows(self) -> Any:
+        if self.columns is None:
+            return slice(None)
+        return self.columns if isinstance(self.columns, slice) else list(self.columns)
 
 
 @dataclass(frozen=True, eq=False)
