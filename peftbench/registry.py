@@ -14,7 +14,7 @@ from peftbench.errors import UserError, nearest
 from peftbench.plan import GROUPS
 
 PACKAGE = Path(__file__).resolve().parent
-NOT_SETTINGS = ("_target_", "name", "suggested", "requires")
+NOT_SETTINGS = ("_target_", "name", "suggested", "requires", "about")
 """Keys of a method's yaml that are not settings of its class."""
 
 
@@ -141,13 +141,15 @@ def _first_line(thing: Any) -> str:
 
 
 def describe_method(name: str) -> dict[str, Any]:
-    """Return name, idea, settings with defaults, traits, suggested values and class of one method."""
+    """Return name, idea, card, settings with defaults, traits, suggested values and class of one method."""
     mapping = section("method", name)
     method = build_method(mapping)
     traits = dataclasses.asdict(method.traits) if dataclasses.is_dataclass(method.traits) else dict(method.traits)  # type: ignore[call-overload, arg-type]
     return {
         "name": name,
         "idea": _first_line(type(method)),
+        **dataclasses.asdict(method.card),
+        **(mapping.get("about") or {}),
         "settings": as_dict(method),
         "traits": {k: sorted(v) if isinstance(v, frozenset) else v for k, v in traits.items()},
         "suggested": mapping.get("suggested") or {},

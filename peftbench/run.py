@@ -106,7 +106,8 @@ class Setting:
         """Return each run's optimizer settings."""
         configs = [build(TrainConfig, s.train, "train") for s in self.specs]
         return [
-            Recipe(cast(float, c.learning_rate), c.weight_decay, c.clip_norm, c.schedule, c.warmup) for c in configs
+            Recipe(cast(float, c.learning_rate), c.weight_decay, c.clip_norm, c.schedule, c.warmup, m.rate_factor)
+            for c, m in zip(configs, self.methods, strict=True)
         ]
 
 
@@ -167,7 +168,19 @@ class Assembly:
         if not packed and not plain:
             raise UserError("nothing trains: this method has no parameters and the task no head")
         c = self.setting.train
-        return PackedAdamW(packed, plain, self.setting.recipes, steps, beta1=c.beta1, beta2=c.beta2, epsilon=c.epsilon)
+        even = [[1.0] * self.adapter.runs] * len(self.objective.parameters())
+        return PackedAdamW(
+            packed,
+            plain,
+            self.setting.recipes,
+            steps,
+            beta1=c.beta1,
+            beta2=c.beta2,
+            epsilon=c.epsilon,
+            ratios=self.adapter.rate_ratios() + even,
+            keep_gradients=self.adapter.watches_steps,
+            base=self.setting.methods[0].base_optimizer(plain) if plain else None,
+        )
 
 
 @contextmanager
@@ -177,10 +190,10 @@ def _assembled(setting: Setting) -> Iterator[Assembly]:
     model = backbone.model
     seeds = [s.seed for s in setting.specs]
     with _configured(model, setting):
-        adapter = attach(model, list(setting.methods), seeds=seeds)
+        adapter = attach(model, list(setting.methods), seeds=seeds, tokenizer=backbone.tokenizer)
         try:
             if setting.train.dropout is not None:
-                for _, delta in adapter.deltas:
+                for _, delta in adapter.parts:
                     for module in delta.modules():
                         if isinstance(module, RunDropout):
                             module.set(setting.train.dropout)
@@ -379,8 +392,9 @@ def _split(assembly: Assembly, rows: list[dict[str, Any]]) -> Split:
 class Selection:
     """Keeps each run's parameters from the evaluation with its best primary metric."""
 
-    def __init__(self, task: Task, optimizer: PackedAdamW, runs: int) -> None:
+    def __init__(self, task: Task, optimizer: PackedAdamW, runs: int, base: Sequence[Tensor] = ()) -> None:
         self.task = task
+        self.base = base
         self.optimizer = optimizer
         self.best = [-math.inf] * runs
         self.step = [0] * runs
@@ -400,14 +414,13 @@ class Selection:
             if score > self.best[run] or self.step[run] == 0:
                 self.best[run], self.step[run], self.metrics[run] = score, step, values
                 self._packed[run] = self.optimizer.flat[run]
-                if self.optimizer.plain:
-                    self._plain = [p.detach().to("cpu", copy=True) for p in self.optimizer.plain]
+                self._plain = [p.detach().to("cpu", copy=True) for p in self.base]
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put every run back to its best parameters."""
         self.optimizer.flat.copy_(self._packed)
-        for p, kept in zip(self.optimizer.plain, self._plain, strict=True):
+        for p, kept in zip(self.base, self._plain, strict=True):
             p.copy_(kept)
 
 
@@ -440,7 +453,8 @@ def _train(setting: Setting, splits: dict[str, list[dict[str, Any]]], encoded: E
         # Dropout's stream: that of the run itself when it is alone.
         torch.manual_seed(int(np.random.default_rng(seeds).integers(2**31)))
         validation = _split(assembly, splits["validation"])
-        selection = Selection(setting.task, optimizer, len(seeds))
+        changed = [*assembly.adapter.trained.values(), *assembly.adapter.rewritten.values()]
+        selection = Selection(setting.task, optimizer, len(seeds), changed)
         last_shown = [0.0]
         known: list[float] = []
 

@@ -47,11 +47,16 @@ def train_step(
     for chunk in chunks:
         with autocast():
             losses = objective.loss_sum(chunk) / counts
+        penalty = objective.adapter.penalty() if total is None else None
+        if penalty is not None:
+            losses = losses + penalty
         # Runs own disjoint slices of every parameter, so the gradient of the sum is each run's own gradient.
         losses.sum().backward()
         total = losses.detach() if total is None else total + losses.detach()
     assert total is not None
     optimizer.step(total)
+    if objective.adapter.watches_steps:
+        objective.adapter.after_step(optimizer.end())
     return total
 
 

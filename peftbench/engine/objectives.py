@@ -13,14 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from peftbench.engine.heads import PackedHead, pool
+from peftbench.methods.base import StepEnd
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class Adapter(Protocol):
-    """What an objective needs of an adapter: its dropout's switch."""
+    """What training needs of an adapter: its dropout's switch, its own loss term, and its turn after a step."""
 
     def train(self, mode: bool = True) -> Any: ...
+
+    def penalty(self) -> Tensor | None: ...
+
+    @property
+    def watches_steps(self) -> bool: ...
+
+    def after_step(self, end: StepEnd) -> None: ...
 
 
 class Objective(ABC):

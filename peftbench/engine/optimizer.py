@@ -9,11 +9,13 @@ decay. A run whose loss or gradient is no longer finite is frozen where it stand
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from peftbench.methods.base import StepEnd
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,13 @@ class Recipe:
     clip_norm: float = 0.0
     schedule: str = "linear"
     warmup: float = 0.0
+    factor: Callable[[int, int], float] | None = None
+    """A method's own factor on the rate at (step from 0, steps)."""
+
+    def rate(self, step: int, steps: int) -> float:
+        """Return the learning rate at `step` (from 0) of `steps`."""
+        own = 1.0 if self.factor is None else self.factor(step, steps)
+        return self.learning_rate * rate_factor(step, steps, self.schedule, self.warmup) * own
 
 
 def rate_factor(step: int, steps: int, schedule: str, warmup: float) -> float:
@@ -61,15 +70,27 @@ class PackedAdamW:
         beta1: float = 0.9,
         beta2: float = 0.999,
         epsilon: float = 1e-8,
+        ratios: Sequence[Sequence[float]] | None = None,
+        keep_gradients: bool = False,
+        base: torch.optim.Optimizer | None = None,
     ) -> None:
+        """Take the parameters over.
+
+        Args:
+            packed: parameters [R, ...]; they become views of `flat`.
+            plain: parameters of the base itself, for a pack of one.
+            recipes: one a run.
+            steps: how many steps there will be.
+            ratios: a factor on the learning rate for each packed parameter and run.
+            keep_gradients: keep each step's clipped gradient for `end`.
+            base: an optimizer for `plain` in place of AdamW.
+        """
         if plain and len(recipes) > 1:
             raise ValueError("parameters without a runs axis need a pack of one")
         self.packed, self.plain, self.runs = list(packed), list(plain), len(recipes)
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
         device = (self.packed + self.plain)[0].device
-        table = [
-            [r.learning_rate * rate_factor(step, steps, r.schedule, r.warmup) for r in recipes] for step in range(steps)
-        ]
+        table = [[r.rate(step, steps) for r in recipes] for step in range(steps)]
         self.rates = table
         """Learning rate by step and run, on the host."""
         self._rates = torch.tensor(table, dtype=torch.float32, device=device).unsqueeze(-1)
@@ -77,9 +98,11 @@ class PackedAdamW:
         self.alive = torch.ones(self.runs, dtype=torch.bool, device=device)
         """Runs that have stayed finite so far [R]."""
         self.step_count = 0
-        self._flatten(recipes, device)
-        self._fused = None
-        if self.plain:
+        self._keep = keep_gradients
+        self._gradient: Tensor | None = None
+        self._flatten(recipes, device, ratios)
+        self._fused = base
+        if self.plain and base is None:
             recipe = recipes[0]
             groups = [
                 {"params": [p for p in self.plain if p.dim() >= 2], "weight_decay": recipe.weight_decay},
@@ -94,15 +117,23 @@ class PackedAdamW:
             )
 
     @torch.no_grad()
-    def _flatten(self, recipes: Sequence[Recipe], device: torch.device) -> None:
+    def _flatten(
+        self, recipes: Sequence[Recipe], device: torch.device, ratios: Sequence[Sequence[float]] | None
+    ) -> None:
         sizes = [p[0].numel() for p in self.packed]
         self.flat = torch.empty((self.runs, sum(sizes)), dtype=torch.float32, device=device)
         decays = torch.zeros_like(self.flat[:1])
+        uneven = ratios is not None and any(r != 1 for row in ratios for r in row)
+        self._ratios = torch.ones_like(self.flat) if uneven else None
+        self._places: dict[int, tuple[int, int]] = {}
         start = 0
-        for p, size in zip(self.packed, sizes, strict=True):
+        for i, (p, size) in enumerate(zip(self.packed, sizes, strict=True)):
             part = self.flat[:, start : start + size]
             part.copy_(p.reshape(self.runs, size))
             p.data = part.view(p.shape)
+            self._places[id(p)] = start, size
+            if self._ratios is not None and ratios is not None:
+                self._ratios[:, start : start + size] = torch.tensor(list(ratios[i]), device=device).unsqueeze(-1)
             decays[:, start : start + size] = float(p.dim() > 2)
             start += size
         self._mean = torch.zeros_like(self.flat)
@@ -113,6 +144,7 @@ class PackedAdamW:
     def state_tensors(self) -> list[Tensor]:
         """Return the tensors kept between steps."""
         state = [self.flat, self._mean, self._square, self._rates]
+        state += [t for t in (self._ratios, self._decay) if t is not None]
         if self._fused is not None:
             state += [t for s in self._fused.state.values() for t in s.values() if isinstance(t, Tensor)]
         return state
@@ -136,18 +168,45 @@ class PackedAdamW:
             p.grad = None
         self.step_count += 1
 
+    def end(self) -> StepEnd:
+        """Return what a method sees of the step just made; needs `keep_gradients`."""
+        assert self._gradient is not None, "gradients were not kept"
+        return StepEnd(
+            self.step_count,
+            len(self.rates),
+            lambda p: self._part(self._gradient, p),
+            lambda p: (self._part(self._mean, p), self._part(self._square, p)),
+            self._set_moments,
+            self.alive,
+        )
+
+    def _part(self, flat: Tensor | None, parameter: nn.Parameter) -> Tensor:
+        assert flat is not None
+        start, size = self._places[id(parameter)]
+        return flat[:, start : start + size].reshape(parameter.shape)
+
+    @torch.no_grad()
+    def _set_moments(self, parameter: nn.Parameter, mean: Tensor, square: Tensor) -> None:
+        start, size = self._places[id(parameter)]
+        self._mean[:, start : start + size] = mean.reshape(self.runs, size)
+        self._square[:, start : start + size] = square.reshape(self.runs, size)
+
     def _update_packed(self, grad: Tensor, shrink: Tensor) -> None:
         if not self.packed:
             return
         t = self.step_count + 1
         alive = self.alive.unsqueeze(-1)
         grad = torch.where(alive, grad * shrink, 0.0)
+        if self._keep:
+            self._gradient = grad
         self._mean.lerp_(grad, 1 - self.beta1)
         self._square.mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
         root = (self._square / (1 - self.beta2**t)).sqrt_().add_(self.epsilon)
         update = (self._mean / (1 - self.beta1**t)).div_(root)
         if self._decay is not None:
             update.addcmul_(self._decay, self.flat)
+        if self._ratios is not None:
+            update.mul_(self._ratios)
         self.flat.sub_(torch.where(alive, update * self._rates[self.step_count], 0.0))
 
     def _update_plain(self, grads: list[Tensor], shrink: Tensor) -> None:

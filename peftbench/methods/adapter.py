@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from peftbench.config import build
 from peftbench.errors import UserError, nearest
-from peftbench.methods.base import Delta, LinearDelta, Method, NormDelta, base_parameters
+from peftbench.methods import peft_format
+from peftbench.methods.base import Delta, LinearDelta, Method, NormDelta, StepEnd, base_parameters
 from peftbench.methods.sites import Injection
 from peftbench.models.roles import Site, packable
 
@@ -44,8 +45,11 @@ class Adapter:
     Attributes:
         model: the model it sits on (frozen but for weights the method trains itself).
         methods: one settings object a run, all of the same class.
+        seeds: one a run; the seed of an adapter whose frozen random tensors came from elsewhere is None.
         deltas: site and delta, in the method's order.
+        shared: what the sites' deltas have in common, or None.
         trained: the base's own parameters that train, by name (only methods that cannot be packed have any).
+        rewritten: the base's parameters that the method changes itself, by name (likewise).
     """
 
     def __init__(self, model: nn.Module, methods: Sequence[Method], seeds: Sequence[int]) -> None:
@@ -57,20 +61,25 @@ class Adapter:
                 method.check_site(site)
         self.model = model
         self.methods = list(methods)
+        self.seeds: list[int | None] = list(seeds)
         self.runs = len(methods)
         self.trained = first.trained_weights(model)
+        self.rewritten = first.rewritten_weights(model)
         base = base_parameters(model)
         self._flags = {name: p.requires_grad for name, p in base.items()}
         # Methods that train the base itself leave it changed; the copy lives on the host to stay out of device memory.
-        self._originals = {name: p.detach().to("cpu", copy=True) for name, p in self.trained.items()}
+        self._originals = {name: p.detach().to("cpu", copy=True) for name, p in self._changed.items()}
         self._unmerged: dict[str, Tensor] = {}
+        self._merged: int | None = None
         self._injection = Injection(self.runs)
         generators = [generator_for("adapter", seed) for seed in seeds]
+        deltas, self.shared = type(first).build(first_sites, methods, generators)
         self.deltas: list[tuple[Site, Delta]] = []
-        for site in first_sites:
-            delta = first.delta(site, methods, generators)
+        for site, delta in zip(first_sites, deltas, strict=True):
             device = next(site.module.parameters(), next(model.parameters())).device
             self.deltas.append((site, delta.to(device)))
+        if self.shared is not None:
+            self.shared.to(next(model.parameters()).device)
         keys = [_key(site) for site, _ in self.deltas]
         twice = sorted({key for key in keys if keys.count(key) > 1})
         if twice:
@@ -87,11 +96,22 @@ class Adapter:
             raise
         self.train(model.training)
 
+    @property
+    def parts(self) -> list[tuple[str, Delta]]:
+        """Every delta with the prefix of its tensors' names, the shared one last."""
+        return [(_key(site), delta) for site, delta in self.deltas] + (
+            [] if self.shared is None else [("shared", self.shared)]
+        )
+
+    @property
+    def _changed(self) -> dict[str, nn.Parameter]:
+        return self.trained | self.rewritten
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield name and parameter: deltas' [R, ...], then the base's own (no runs axis)."""
-        for site, delta in self.deltas:
+        for key, delta in self.parts:
             for name, parameter in delta.named_parameters():
-                yield f"{_key(site)}.{name}", parameter
+                yield f"{key}.{name}", parameter
         yield from self.trained.items()
 
     def parameters(self) -> list[nn.Parameter]:
@@ -100,25 +120,54 @@ class Adapter:
 
     def packed_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that carry a leading runs axis."""
-        return [p for _, delta in self.deltas for p in delta.parameters()]
+        return [p for _, delta in self.parts for p in delta.parameters()]
+
+    def rate_ratios(self) -> list[list[float]]:
+        """Return, for each of `packed_parameters`, its learning rate over the run's own, one number a run."""
+        even = [1.0] * self.runs
+        return [delta.rate_ratios.get(name, even) for _, delta in self.parts for name, _ in delta.named_parameters()]
 
     def parameter_count(self, run: int = 0) -> int:
         """Return how many parameters `run` trains, padding left out."""
-        added = sum(t.numel() for _, delta in self.deltas for t in delta.run_state(run).values())
+        added = sum(t.numel() for _, delta in self.parts for t in delta.run_state(run).values())
         return added + sum(p.numel() for p in self.trained.values())
 
+    def penalty(self) -> Tensor | None:
+        """Return what the method adds to each run's loss [R], or None."""
+        terms = [term for _, delta in self.parts if (term := delta.penalty()) is not None]
+        return torch.stack(terms).sum(dim=0) if terms else None
+
+    @property
+    def watches_steps(self) -> bool:
+        """Whether the method acts after optimizer steps, and so needs their gradients."""
+        return type(self.methods[0]).after_step.__func__ is not Method.after_step.__func__  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def after_step(self, end: StepEnd) -> None:
+        """Let the method act once the optimizer has made a step."""
+        type(self.methods[0]).after_step(self.methods, self.deltas, self.shared, end)
+
+    def condition(self, tasks: Tensor | None) -> None:
+        """Tell the deltas each row's task, [R·B], for batches that mix tasks; None where there is one."""
+        for _, delta in self.parts:
+            delta.tasks = None if tasks is None else tasks.reshape(self.runs, -1)
+
     def state_dict(self, run: int = 0) -> dict[str, Tensor]:
-        """Return one run's trained tensors, without runs axis and padding, as copies."""
+        """Return one run's saved tensors, without runs axis and padding, as copies.
+
+        Those are what it trains, what it rewrites in the base, and its frozen random tensors where no seed gives them.
+        """
         return {name: view.detach().clone().contiguous() for name, view in self._views(run).items()}
 
     def _views(self, run: int) -> dict[str, Tensor]:
-        """Return one run's trained tensors as views."""
-        state = {
-            f"{_key(site)}.{name}": tensor
-            for site, delta in self.deltas
-            for name, tensor in delta.run_state(run).items()
-        }
-        return state | dict(self.trained)
+        """Return one run's saved tensors as views."""
+        state = {f"{key}.{name}": t for key, delta in self.parts for name, t in delta.run_state(run).items()}
+        if self.seeds[run] is None:
+            state |= self._drawn(run)
+        return state | self._changed
+
+    def _drawn(self, run: int) -> dict[str, Tensor]:
+        return {f"{key}.{name}": t for key, delta in self.parts for name, t in delta.run_drawn(run).items()}
 
     def load_state_dict(self, state: dict[str, Tensor], run: int = 0) -> None:
         """Copy one run's tensors in.
@@ -126,34 +175,62 @@ class Adapter:
         Raises:
             UserError: a tensor is missing, unexpected, or of another shape.
         """
-        expected = set(self.state_dict(run))
-        if expected != set(state):
-            odd = sorted(expected ^ set(state))[0]
-            raise UserError(f"adapter tensor {odd!r} is {'missing' if odd in expected else 'not part of this adapter'}")
-        for site, delta in self.deltas:
-            prefix = _key(site) + "."
+        drawn = set(self._drawn(run))
+        expected = set(self._views(run)) - drawn
+        odd = sorted(expected ^ (set(state) - drawn))
+        if odd:
+            where = "missing" if odd[0] in expected else "not part of this adapter"
+            raise UserError(f"adapter tensor {odd[0]!r} is {where}")
+        for key, delta in self.parts:
+            prefix = key + "."
             own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             delta.load_run_state(own, run)
+        if drawn & set(state):
+            self.seeds[run] = None
         with torch.no_grad():
-            for name, p in self.trained.items():
+            for name, p in self._changed.items():
                 p.copy_(state[name])
 
-    def save(self, folder: str | Path, run: int = 0) -> Path:
-        """Write one run's adapter to `folder`: tensors (safetensors) and settings (json). Returns the tensors' path."""
+    def save(self, folder: str | Path, run: int = 0, format: str = "peftbench") -> Path:
+        """Write one run's adapter to `folder`: tensors (safetensors) and settings (json). Returns the tensors' path.
+
+        Args:
+            format: "peftbench", or "peft" for a folder that HF PEFT reads.
+
+        Raises:
+            UserError: PEFT has no such method, or cannot hold this adapter (see `PeftFormat`).
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         method = self.methods[run]
-        config = {
-            "format_version": FORMAT_VERSION,
-            "method": f"{type(method).__module__}.{type(method).__qualname__}",
-            "method_version": method.version,
-            "settings": method.settings(),
-            "model_type": getattr(getattr(self.model, "config", None), "model_type", None),
-        }
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-        path = folder / WEIGHTS_FILE
-        save_file({k: v.cpu() for k, v in self.state_dict(run).items()}, path)
+        if format == "peft":
+            config, state = peft_format.export(method, self.model, self.state_dict(run) | self._drawn(run))
+            names = peft_format.CONFIG_FILE, peft_format.WEIGHTS_FILE
+        elif format == "peftbench":
+            state = self.state_dict(run)
+            config = {
+                "format_version": FORMAT_VERSION,
+                "method": f"{type(method).__module__}.{type(method).__qualname__}",
+                "method_version": method.version,
+                "settings": method.settings(),
+                "model_type": getattr(getattr(self.model, "config", None), "model_type", None),
+            }
+            if self.seeds[run] is not None and self._drawn(run):
+                config |= {"seed": self.seeds[run], "drawn_sha256": self._drawn_digest(run)}
+            names = CONFIG_FILE, WEIGHTS_FILE
+        else:
+            raise UserError(f"format={format!r}: expected 'peftbench' or 'peft'")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / names[0]).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+        path = folder / names[1]
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, path)
         return path
+
+    def _drawn_digest(self, run: int) -> str:
+        """Return a fingerprint of the run's frozen random tensors."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self._drawn(run).items()):
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def checkpoint_bytes(self, run: int = 0) -> int:
         """Return the size in bytes of the tensor file that `save` would write (the safetensors format)."""
@@ -170,13 +247,13 @@ class Adapter:
 
     def to(self, *args: Any, **kwargs: Any) -> Adapter:
         """Move the adapter's own tensors, as `torch.nn.Module.to` does."""
-        for _, delta in self.deltas:
+        for _, delta in self.parts:
             delta.to(*args, **kwargs)
         return self
 
     def train(self, mode: bool = True) -> Adapter:
         """Switch the adapter's dropout on or off."""
-        for _, delta in self.deltas:
+        for _, delta in self.parts:
             delta.train(mode)
         return self
 
@@ -191,7 +268,7 @@ class Adapter:
         Raises:
             UserError: switched off while merged, or for a method that trains the base's own weights.
         """
-        if not active and (self._unmerged or self.trained):
+        if not active and (self._merged is not None or self._changed):
             raise UserError("a merged adapter, or one that trains the base itself, cannot be switched off: detach it")
         with self._injection.switched(active):
             yield
@@ -205,15 +282,16 @@ class Adapter:
         """
         if not self.methods[run].traits.mergeable:
             raise UserError(f"{type(self.methods[run]).__name__} cannot be merged into the base's weights")
-        if self._unmerged:
+        if self._merged is not None:
             raise UserError("a run is merged already: unmerge() first")
         modules = dict(self.model.named_modules())
         for site, delta in self.deltas:
             module = modules[site.name]
-            for name in ("weight", "bias"):
-                tensor = getattr(module, name, None)
-                if tensor is not None:
-                    self._unmerged.setdefault(f"{site.name}.{name}", tensor.detach().clone())
+            if not hasattr(module, "override"):
+                for name in ("weight", "bias"):
+                    tensor = getattr(module, name, None)
+                    if tensor is not None:
+                        self._unmerged.setdefault(f"{site.name}.{name}", tensor.detach().clone())
             if isinstance(delta, LinearDelta):
                 _merge_linear(site, module, delta, run)
             elif isinstance(delta, NormDelta):
@@ -223,14 +301,21 @@ class Adapter:
                 raise AssertionError(
                     f"{type(delta).__name__} declares itself mergeable but has no weights to merge into"
                 )
+        self._merged = run
         self._injection.active = False
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the base's original weights back, exactly, and act through hooks again."""
+        if self._merged is None:
+            return
         for name, tensor in self._unmerged.items():
             self.model.get_parameter(name).copy_(tensor)
+        for site, _ in self.deltas:
+            if hasattr(site.module, "restore"):
+                cast(Any, site.module).restore()
         self._unmerged.clear()
+        self._merged = None
         self._injection.active = True
 
     @torch.no_grad()
@@ -239,8 +324,8 @@ class Adapter:
         self.unmerge()
         self._injection.remove()
         for name, tensor in self._originals.items():
-            self.trained[name].copy_(tensor)
-            self.trained[name].grad = None
+            self._changed[name].copy_(tensor)
+            self._changed[name].grad = None
         for name, p in base_parameters(self.model).items():
             p.requires_grad_(self._flags[name])
         return self.model
@@ -252,17 +337,24 @@ def _key(site: Site) -> str:
 
 
 def _merge_linear(site: Site, module: nn.Module, delta: LinearDelta, run: int) -> None:
-    """Write frozen map plus delta into the site's slice of `module`'s weight and bias."""
+    """Write frozen map plus delta into the site's slice of `module`'s weight and bias.
+
+    A module that stores its weight in another form (4 bits) computes with a dense one until it is restored.
+    """
     rows: Any = slice(None) if site.columns is None else site.columns
     rows = list(rows) if isinstance(rows, tuple) else rows
-    weight: Any = module.weight.T if site.transposed else module.weight
+    dense = cast(Any, module).dense() if hasattr(module, "override") else None
+    weight: Any = dense if dense is not None else module.weight.T if site.transposed else module.weight
     bias: Any = module.bias
+    bias = bias.clone() if dense is not None and bias is not None else bias
     new_weight, new_bias = delta.merged(weight[rows], None if bias is None else bias[rows], run)
     weight[rows] = new_weight.to(weight.dtype)
     if new_bias is not None:
         if bias is None:
             raise UserError(f"{site.name} has no bias to merge into")
         bias[rows] = new_bias.to(bias.dtype)
+    if dense is not None:
+        cast(Any, module).override(weight, bias)
 
 
 def _check_pack(methods: Sequence[Method], model: nn.Module) -> None:
@@ -313,6 +405,7 @@ def attach(
     method: str | Method | Sequence[Method],
     runs: int = 1,
     seeds: Sequence[int] | None = None,
+    tokenizer: Any = None,
     **settings: Any,
 ) -> Adapter:
     """Freeze `model` and put a PEFT method on it.
@@ -324,6 +417,7 @@ def attach(
         method: a method's name ("lora"), a settings object, or one settings object a run.
         runs: how many independent adapters share the base, when `method` is not a sequence.
         seeds: one seed a run for the adapter's initial values; 0, 1, ... by default.
+        tokenizer: for settings that are text, such as a prompt's initial words.
         settings: settings for a method given by name, e.g. `rank=8, targets=["attention.query"]`.
 
     Raises:
@@ -336,6 +430,8 @@ def attach(
     if runs < 1:
         raise UserError(f"runs={runs}: expected at least 1")
     methods = [method] * runs if isinstance(method, Method) else list(method)
+    if tokenizer is not None:
+        methods = [m.with_tokenizer(tokenizer) for m in methods]
     seeds = range(len(methods)) if seeds is None else seeds
     if len(seeds) != len(methods):
         raise UserError(f"{len(seeds)} seeds for {len(methods)} runs: expected one seed a run")
@@ -343,12 +439,16 @@ def attach(
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> Adapter:
-    """Attach the adapter saved in `folder` to `model`.
+    """Attach the adapter saved in `folder`, by this package or by HF PEFT, to `model`.
 
     Raises:
         UserError: the folder holds no adapter, or one that does not fit the model.
     """
     folder = Path(folder)
+    if (folder / peft_format.CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
+        method, state = peft_format.read(folder, model)
+        adapter = attach(model, method)
+        return _filled(adapter, state)
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
         state = load_file(folder / WEIGHTS_FILE)
@@ -356,7 +456,16 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Adapter:
         raise UserError(
             f"{folder}: no readable adapter ({CONFIG_FILE} and {WEIGHTS_FILE} expected): {error}"
         ) from error
-    adapter = attach(model, build(_saved_class(config["method"]), config["settings"], "method"))
+    method = build(_saved_class(config["method"]), config["settings"], "method")
+    adapter = _filled(attach(model, method, seeds=[config.get("seed", 0)]), state)
+    wanted = config.get("drawn_sha256")
+    if wanted is not None and wanted != adapter._drawn_digest(0):
+        adapter.detach()
+        raise UserError(f"{folder}: seed {config['seed']} gives other random tensors here than where it was saved")
+    return adapter
+
+
+def _filled(adapter: Adapter, state: dict[str, Tensor]) -> Adapter:
     try:
         adapter.load_state_dict(state)
     except UserError:

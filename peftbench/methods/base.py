@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
@@ -20,7 +20,41 @@ import torch
 from torch import Tensor, nn
 
 from peftbench.errors import UserError
+from peftbench.methods.peft_format import PeftFormat
 from peftbench.models.roles import Site
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the documentation says of a method in a line each; a yaml's `about:` overrides it for a variant."""
+
+    equation: str
+    """The change in one line, in the letters of the method's file."""
+    paper: str
+    """Authors, year, arXiv id (or venue)."""
+    parameters: str
+    """Closed form of the trained parameters, with D_in, D_out, D, r, P (virtual tokens) and L (layers)."""
+
+
+@dataclass(frozen=True)
+class StepEnd:
+    """What a method sees once the optimizer has made a step, for all runs of a pack.
+
+    Attributes:
+        step: steps done, from 1.
+        steps: steps in all.
+        gradient: the clipped gradient [R, ...] of one of the adapter's parameters in this step.
+        moments: a parameter's first and second moment in the optimizer, both [R, ...].
+        set_moments: puts a parameter's moments back.
+        alive: runs that have stayed finite so far, [R].
+    """
+
+    step: int
+    steps: int
+    gradient: Callable[[nn.Parameter], Tensor]
+    moments: Callable[[nn.Parameter], tuple[Tensor, Tensor]]
+    set_moments: Callable[[nn.Parameter, Tensor, Tensor], None]
+    alive: Tensor
 
 
 @dataclass(frozen=True)
@@ -39,6 +73,8 @@ class Traits:
     """Settings that may differ between the runs of one pack."""
     cost_free: frozenset[str] = frozenset()
     """Settings that change neither the time nor the memory of a step."""
+    quantized_base: bool = True
+    """Works on a base whose linear maps are stored in 4 bits."""
 
 
 def _unpadded(stacked: Tensor, run: int, shape: Sequence[int]) -> Tensor:
@@ -61,33 +97,61 @@ class Delta(nn.Module):
         super().__init__()
         self.runs = runs
         self.shapes: dict[str, list[torch.Size]] = {}
+        self.drawn: list[str] = []
+        """Names of frozen random tensors [R, ...], given again by the seed and therefore not saved."""
+        self.rate_ratios: dict[str, list[float]] = {}
+        """Learning rate of a parameter over the run's own, one number a run; 1 where a name is missing."""
+        self.tasks: Tensor | None = None
+        """Task of each row [R, B] where a batch mixes several tasks."""
 
     def stack(self, name: str, tensors: Sequence[Tensor]) -> None:
         """Register the parameter `name` [R, ...] from one tensor a run (same number of dimensions)."""
+        self.register_parameter(name, nn.Parameter(self._stacked(name, tensors)))
+
+    def draw(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """Register the frozen random tensor `name` [R, ...]; `tensors` must follow from the generators alone."""
+        self.drawn.append(name)
+        self.register_buffer(name, self._stacked(name, tensors), persistent=False)
+
+    def _stacked(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
         shape: list[int] = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
         stacked = torch.zeros([self.runs, *shape], dtype=torch.float32)
         for run, tensor in enumerate(tensors):
             _unpadded(stacked, run, tensor.shape).copy_(tensor)
         self.shapes[name] = [t.shape for t in tensors]
-        self.register_parameter(name, nn.Parameter(stacked))
+        return stacked
 
     def constant(self, name: str, values: Sequence[float], dimensions: int = 3) -> None:
         """Register one number a run as a buffer [R, 1, 1] that broadcasts over packed activations."""
         tensor = torch.tensor(list(values), dtype=torch.float32).reshape([self.runs] + [1] * (dimensions - 1))
         self.register_buffer(name, tensor, persistent=False)
 
+    def refer(self, name: str, module: nn.Module) -> None:
+        """Keep `module` as the attribute `name` without owning it (its parameters are counted and saved elsewhere)."""
+        object.__setattr__(self, name, module)
+
+    def penalty(self) -> Tensor | None:
+        """Return what this delta adds to each run's loss [R], or None."""
+        return None
+
     def run_state(self, run: int) -> dict[str, Tensor]:
         """Return views of this run's parameters, without padding."""
-        return {name: _unpadded(getattr(self, name), run, shapes[run]) for name, shapes in self.shapes.items()}
+        names = (name for name in self.shapes if name not in self.drawn)
+        return {name: _unpadded(getattr(self, name), run, self.shapes[name][run]) for name in names}
+
+    def run_drawn(self, run: int) -> dict[str, Tensor]:
+        """Return views of this run's frozen random tensors, without padding."""
+        return {name: _unpadded(getattr(self, name), run, self.shapes[name][run]) for name in self.drawn}
 
     @torch.no_grad()
     def load_run_state(self, state: dict[str, Tensor], run: int) -> None:
-        """Copy one run's parameters in.
+        """Copy one run's parameters in, and its frozen random tensors where `state` has them.
 
         Raises:
             UserError: a tensor is missing or has another shape.
         """
-        for name, view in self.run_state(run).items():
+        known = self.run_state(run) | {k: v for k, v in self.run_drawn(run).items() if k in state}
+        for name, view in known.items():
             if name not in state or state[name].shape != view.shape:
                 found = tuple(state[name].shape) if name in state else "nothing"
                 raise UserError(f"adapter tensor {name!r}: expected shape {tuple(view.shape)}, found {found}")
@@ -140,7 +204,7 @@ class EmbeddingDelta(Delta, ABC):
 
     @abstractmethod
     def prompt(self) -> Tensor:
-        """Return the virtual tokens' embeddings [R, P, D]."""
+        """Return the virtual tokens' embeddings: [R, P, D], or [R, B, P, D] where rows differ (see `Delta.tasks`)."""
 
 
 class AttentionDelta(Delta, ABC):
@@ -156,8 +220,11 @@ class Method(ABC):
     """Settings of one method. Subclasses declare `traits` and fill the abstract methods."""
 
     traits: ClassVar[Traits]
+    card: ClassVar[Card]
     version: ClassVar[int] = 1
     """Raised whenever a change to the method's code changes results."""
+    peft: ClassVar[PeftFormat | None] = None
+    """How adapters of this method read in HF PEFT's file format, where PEFT holds the method."""
 
     def __post_init__(self) -> None:  # noqa: B027  a method without such settings has nothing to add
         """Validate settings that need no model; subclasses raise `UserError`."""
@@ -171,17 +238,57 @@ class Method(ABC):
         """
 
     @classmethod
-    @abstractmethod
+    def build(
+        cls, sites: Sequence[Site], methods: Sequence[Self], generators: Sequence[torch.Generator]
+    ) -> tuple[list[Delta], Delta | None]:
+        """Build the deltas of all sites, in order, and what they share: a delta without a site, or None.
+
+        A method whose sites have nothing in common leaves this alone and fills `delta`. What is shared is kept by the
+        sites' deltas through `Delta.refer`; its tensors are saved under "shared".
+        """
+        return [cls.delta(site, methods, generators) for site in sites], None
+
+    @classmethod
     def delta(cls, site: Site, methods: Sequence[Self], generators: Sequence[torch.Generator]) -> Delta:
         """Build the delta of one site for all runs: one settings object and one random generator (CPU) a run."""
+        raise AssertionError(f"{cls.__name__} adds nothing at a single site")
 
     @abstractmethod
     def count(self, site: Site) -> int:
         """Return, in closed form, how many parameters one run trains at `site`."""
 
+    def shared_count(self, sites: Sequence[Site]) -> int:
+        """Return, in closed form, how many parameters one run trains outside its sites (see `build`)."""
+        return 0
+
     def trained_weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the base's own parameters that train (weight sites), by name; none by default."""
         return {}
+
+    def rewritten_weights(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the base's parameters that `after_step` rewrites, by name: saved and restored, but never counted."""
+        return {}
+
+    @classmethod  # noqa: B027  most methods leave the optimizer's step alone
+    def after_step(
+        cls, methods: Sequence[Self], deltas: Sequence[tuple[Site, Delta]], shared: Delta | None, end: StepEnd
+    ) -> None:
+        """Act once the optimizer has made a step, without gradients; must not wait for the device every step."""
+
+    def rate_factor(self, step: int, steps: int) -> float:
+        """Return the factor on the schedule's learning rate at `step` (from 0) of `steps`."""
+        return 1.0
+
+    def base_optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer | None:
+        """Return an optimizer of this method's own for the base's trained parameters; None: AdamW.
+
+        Its groups' learning rates are set before every step, and gradients are finite and clipped when it is called.
+        """
+        return None
+
+    def with_tokenizer(self, tokenizer: Any) -> Self:
+        """Return the settings with whatever depends on a tokenizer resolved."""
+        return self
 
     def check_site(self, site: Site) -> None:  # noqa: B027  most settings fit every site
         """Raise `UserError` if the settings do not fit `site`."""
@@ -193,9 +300,9 @@ class Method(ABC):
 
     def parameter_count(self, model: nn.Module) -> int:
         """Return, in closed form, how many parameters one run trains outside the task head."""
-        return sum(self.count(site) for site in self.sites(model)) + sum(
-            p.numel() for p in self.trained_weights(model).values()
-        )
+        sites = self.sites(model)
+        own = sum(p.numel() for p in self.trained_weights(model).values())
+        return sum(self.count(site) for site in sites) + self.shared_count(sites) + own
 
     def settings(self) -> dict[str, Any]:
         """Return the settings as plain data."""

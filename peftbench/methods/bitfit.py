@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peftbench.errors import UserError
-from peftbench.methods.base import Delta, LinearDelta, Method, NormDelta, Traits, materialize, require
+from peftbench.methods.base import Card, Delta, LinearDelta, Method, NormDelta, Traits, materialize, require
 from peftbench.models.roles import Site, find_sites
 
 
@@ -53,6 +53,11 @@ class BitFit(Method):
     biases: str = "all"
 
     traits = Traits(sites=("linear", "norm"), mergeable=True, identity_at_init=True)
+    card = Card(
+        equation="y = W x + b, b trained",
+        paper="Ben Zaken et al. 2022, arXiv:2106.10199",
+        parameters="D_out a map with bias, D a norm with bias",
+    )
 
     def __post_init__(self) -> None:
         require(self.biases in ("all", "query_mlp"), "biases", self.biases, "'all' or 'query_mlp'")

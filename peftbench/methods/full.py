@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from peftbench.methods.base import Delta, Method, Traits, base_parameters
+from peftbench.methods.base import Card, Delta, Method, Traits, base_parameters
 from peftbench.models.roles import Site
 
 
@@ -23,6 +23,11 @@ class FullFineTuning(Method):
     """Every parameter of the base trains."""
 
     traits = Traits(sites=("weight",), mergeable=False, identity_at_init=True, packable=False)
+    card = Card(
+        equation="θ = θ₀ + Δθ",
+        paper="—",
+        parameters="all of the base's",
+    )
 
     def sites(self, model: nn.Module) -> list[Site]:
         return []

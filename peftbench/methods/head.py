@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from peftbench.errors import UserError
-from peftbench.methods.base import Delta, Method, Traits
+from peftbench.methods.base import Card, Delta, Method, Traits
 from peftbench.models.roles import Site
 
 
@@ -22,6 +22,11 @@ class HeadOnly(Method):
     """Nothing but the task head trains."""
 
     traits = Traits(sites=(), mergeable=True, identity_at_init=True)
+    card = Card(
+        equation="y = H · pool(f(x)), H trained",
+        paper="—",
+        parameters="0 (the head is counted apart)",
+    )
 
     def sites(self, model: nn.Module) -> list[Site]:
         return []

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peftbench.methods.base import LinearDelta, Method, Targets, Traits, require
+from peftbench.methods.base import Card, LinearDelta, Method, Targets, Traits, require
 from peftbench.models.roles import Site, linear_sites
 
 
@@ -63,6 +63,11 @@ class IA3(Method):
     feedforward: Targets = ("mlp.down",)
 
     traits = Traits(sites=("linear",), mergeable=True, identity_at_init=True)
+    card = Card(
+        equation="k' = l_k ⊙ k,  v' = l_v ⊙ v,  y = W_down (l_ff ⊙ h)",
+        paper="Liu et al. 2022, arXiv:2205.05638",
+        parameters="D_out a scaled output, D_in a scaled input",
+    )
 
     def __post_init__(self) -> None:
         require(bool(self.targets or self.feedforward), "targets", self.targets, "at least one role")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peftbench.errors import UserError
-from peftbench.methods.base import AttentionDelta, Method, Traits, normal, require
+from peftbench.methods.base import AttentionDelta, Card, Method, Traits, normal, require
 from peftbench.models.roles import Site, find_sites, supports_attention_interface
 
 
@@ -50,6 +50,11 @@ class PrefixTuning(Method):
         identity_at_init=False,
         free_in_pack=frozenset({"init_std"}),
         cost_free=frozenset({"init_std"}),
+    )
+    card = Card(
+        equation="Attn(Q, [P_k; K], [P_v; V])",
+        paper="Li and Liang 2021, arXiv:2101.00190",
+        parameters="2 · P · D_kv a layer",
     )
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from peftbench.methods.base import EmbeddingDelta, Method, Traits, materialize, require, uniform
+from peftbench.methods.base import Card, EmbeddingDelta, Method, Traits, materialize, require, uniform
 from peftbench.models.roles import EmbeddingSite, Site, find_sites
 
 COMMON_TOKENS = 5000
@@ -53,6 +53,11 @@ class PromptTuning(Method):
     init: str = "vocabulary"
 
     traits = Traits(sites=("embedding",), mergeable=False, identity_at_init=False, cost_free=frozenset({"init"}))
+    card = Card(
+        equation="f([P; E(x)])",
+        paper="Lester et al. 2021, arXiv:2104.08691",
+        parameters="P · D",
+    )
 
     def __post_init__(self) -> None:
         require(self.length >= 1, "length", self.length, "a whole number of at least 1")

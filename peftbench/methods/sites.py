@@ -168,7 +168,7 @@ def _embedding(injection: Injection, site: EmbeddingSite, delta: EmbeddingDelta)
         if len(args) > 1:
             kwargs["attention_mask"] = args[1]
         prompt = delta.prompt()
-        length = prompt.shape[1]
+        length = prompt.shape[-2]
         embeddings = kwargs.get("inputs_embeds")
         if embeddings is None:
             embeddings = site.module(kwargs.pop("input_ids"))
@@ -185,7 +185,8 @@ def _embedding(injection: Injection, site: EmbeddingSite, delta: EmbeddingDelta)
             room = site.max_positions
             if room is not None and length + tokens > room:
                 raise UserError(f"a prompt of {length} and {tokens} tokens exceed the model's {room} positions")
-            front = prompt.to(embeddings.dtype).repeat_interleave(rows // injection.runs, dim=0)
+            front = prompt.to(embeddings.dtype)
+            front = front.flatten(0, 1) if front.dim() == 4 else front.repeat_interleave(rows // injection.runs, dim=0)
             embeddings = torch.cat([front, embeddings], dim=1)
             if kwargs.get("token_type_ids") is not None:
                 types = kwargs["token_type_ids"]
@@ -220,7 +221,7 @@ def _embedding(injection: Injection, site: EmbeddingSite, delta: EmbeddingDelta)
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         mask = kwargs.get("encoder_attention_mask")
         if injection.active and mask is not None:
-            length = delta.prompt().shape[1]
+            length = delta.prompt().shape[-2]
             kwargs = {**kwargs, "encoder_attention_mask": torch.cat([mask.new_ones((len(mask), length)), mask], dim=1)}
         return args, kwargs
 

@@ -66,7 +66,7 @@ def hidden(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Ten
 
 def disturb(adapter: object, seed: int = 5) -> None:
     """Move every trained parameter a little, run by run, padding left alone."""
-    for _, delta in adapter.deltas:  # type: ignore[attr-defined]
+    for _, delta in adapter.parts:  # type: ignore[attr-defined]
         for run in range(delta.runs):
             for name, view in delta.run_state(run).items():
                 g = torch.Generator().manual_seed(seed + 31 * run + len(name))
