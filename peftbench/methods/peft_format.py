@@ -44,6 +44,8 @@ class PeftFormat(ABC):
     """How one method reads in PEFT's files."""
 
     peft_type: ClassVar[str]
+    note: ClassVar[str] = ""
+    """Differences by decision, for the documentation's table."""
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         """Tell whether a PEFT configuration is this method's."""
@@ -79,6 +81,14 @@ class PeftFormat(ABC):
     def parameters(self, method: Any, sites: Sequence[Site], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors by the names of PEFT's live parameters, without the adapter's name "default"."""
         return self.tensors(method, sites, state)
+
+    def training(self, method: Any, steps: int) -> dict[str, Any]:
+        """Return the keys of PEFT's configuration that only training needs, for a run of `steps` steps."""
+        return {}
+
+    def shared_inputs(self, method: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return inputs to add on our side so that both compute the same, where they differ by decision."""
+        return {}
 
 
 class SiteFormat(PeftFormat):
