@@ -1,0 +1,82 @@
+"""Parallel adapters: a scaled bottleneck network beside the feed-forward part, added to its output.
+
+    h' = h + s · (W_up · act(W_down x + b_down) + b_up)
+
+x is the residual stream that enters the feed-forward part, h that part's output.
+
+Source: He et al. 2022, "Towards a unified view of parameter-efficient transfer learning", arXiv:2110.04366: the row
+"Scaled PA" of table 1, h ← h + s · f(x W_down) W_up, with s = 4, f = ReLU and, as section 4.6 takes over from LoRA,
+W_down uniform in ±1/sqrt(D), W_up and the biases zero: a fresh adapter is the identity. Section 4.4 finds the
+feed-forward part the better place. The paper's bottleneck is 512 of 1024 for summarisation; 64 here compares with
+Houlsby's.
+
+In models that normalise before the sublayer (GPT-2, Llama) x is the stream before that normalisation, as in the
+`adapters` library's `par_bn`; the paper's models BART and RoBERTa normalise after the sum, where the two are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peftbench.methods.base import Card, Delta, Method, Traits, require, uniform
+from peftbench.methods.bottleneck import (
+    BottleneckDelta,
+    count_bottleneck,
+    require_bottleneck,
+    require_narrow,
+    stream_sites,
+)
+from peftbench.models.roles import Site
+
+
+class ParallelDelta(BottleneckDelta):
+    """h + s · bottleneck(x)."""
+
+    def read(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        return inputs
+
+
+@dataclass(frozen=True)
+class Parallel(Method):
+    """A scaled bottleneck network beside each feed-forward part."""
+
+    bottleneck: int = 64
+    scale: float = 4.0
+    activation: str = "relu"
+
+    traits = Traits(
+        sites=("hidden",),
+        mergeable=False,
+        identity_at_init=True,
+        free_in_pack=frozenset({"bottleneck", "scale"}),
+        cost_free=frozenset({"scale"}),
+    )
+    card = Card(
+        equation="h' = h + s (W_up act(W_down x + b_down) + b_up)",
+        paper="He et al. 2022, arXiv:2110.04366",
+        parameters="L (2Dr + D + r)",
+    )
+
+    def __post_init__(self) -> None:
+        require_bottleneck(self.bottleneck, self.activation)
+        require(self.scale > 0, "scale", self.scale, "a number above 0")
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        return stream_sites(model, ("mlp",))
+
+    def check_site(self, site: Site) -> None:
+        require_narrow(self.bottleneck, site)
+
+    @classmethod
+    def delta(cls, site: Site, methods: Sequence[Parallel], generators: Sequence[torch.Generator]) -> Delta:
+        pairs = list(zip(methods, generators, strict=True))
+        downs = [uniform((site.width, m.bottleneck), site.width**-0.5, g) for m, g in pairs]
+        ups = [torch.zeros(m.bottleneck, site.width) for m in methods]
+        return ParallelDelta(downs, ups, methods[0].activation, [m.scale for m in methods])
+
+    def count(self, site: Site) -> int:
+        return count_bottleneck(self.bottleneck, site)
