@@ -1,0 +1,1 @@
+"""Numerical kernels: a plain PyTorch reference of each."""
