@@ -1,4 +1,4 @@
-"""The commands: ``python -m peftbench sweep|run|report|methods|models|tasks|doctor``."""
+"""The commands: ``python -m peftbench sweep|run|report|verify|methods|models|tasks|doctor``."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import peftbench
-from peftbench.cli import doctor, lists, report, sweep
+from peftbench.cli import doctor, lists, report, sweep, verify
 from peftbench.environment import COMMAND
 from peftbench.errors import UserError, nearest
 
@@ -16,6 +16,7 @@ COMMANDS = {
     "sweep": ("train a grid of runs", sweep.SWEEP_HELP),
     "run": ("train one run", sweep.RUN_HELP),
     "report": ("tables and plots of a sweep", report.HELP),
+    "verify": ("compare methods with reference implementations", verify.HELP),
     "methods": ("list the methods", lists.METHODS_HELP),
     "models": ("list the models", lists.MODELS_HELP),
     "tasks": ("list the tasks", lists.TASKS_HELP),
@@ -43,6 +44,12 @@ def parser() -> Parser:
             one.add_argument("--quiet", action="store_true", help="print only what went wrong and the report's path")
         if name in ("methods", "models", "tasks"):
             one.add_argument("--json", action="store_true", help="machine-readable")
+        if name == "verify":
+            one.add_argument("methods", nargs="*", metavar="method", help="default: all")
+            one.add_argument("--against", metavar="reference", help="peft, adapters, formula or torch; default: all")
+            one.add_argument("--model", action="append", metavar="name", help="may be repeated; default: the gate's four")
+            one.add_argument("--json", action="store_true", help="machine-readable")
+            one.add_argument("--write", action="store_true", help="keep the results in the package")
         if name == "report":
             one.add_argument("folder", help="<results>/<sweep.name>")
             one.add_argument("--consolidate", action="store_true", help="also write all records to records.jsonl.gz")
@@ -68,6 +75,8 @@ def dispatch(arguments: Sequence[str]) -> int:
         return work([*given.overrides, *rest], given.quiet)
     if given.command == "report":
         return report.report(given.folder, given.consolidate)
+    if given.command == "verify":
+        return verify.verify(given.methods, given.against, given.model, given.json, given.write)
     if given.command == "doctor":
         return doctor.doctor()
     return getattr(lists, given.command)(given.json)

@@ -140,6 +140,7 @@ class RunRecord:
     trace: dict[str, Any] | None = None
     cost: dict[str, Any] | None = None
     environment: dict[str, Any] = field(default_factory=dict)
+    parity: dict[str, Any] | None = None
     pack: dict[str, Any] | None = None
     created: str = field(default_factory=_now)
     schema_version: int = SCHEMA_VERSION

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peftbench import environment, registry
+from peftbench import environment, registry, verify
 from peftbench.config import ModelConfig, ProfileConfig, TrainConfig, build
 from peftbench.engine import evaluation, objectives
 from peftbench.engine.batches import PackedBatch, TokenTable, make_buckets, packed_batches, steps_per_epoch
@@ -601,6 +601,7 @@ def run_pack(specs: Sequence[RunSpec], store: Store, listener: Listener) -> list
             trace=outcome.traces[run] or None,
             cost=costs[run],
             environment=about,
+            parity=verify.stamp(spec.method),
             pack={"size": len(specs), "index": run},
         )
         store.write(record)

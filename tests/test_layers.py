@@ -95,3 +95,15 @@ def test_shared_code_names_no_method(path):
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             assert node.value.lower() not in names, f"{path}:{node.lineno} names the method {node.value!r}"
+
+
+REFERENCES = ("peft", "adapters", "loralib", "galore_torch")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_references_are_imported_by_checks_alone(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and node.level == 0 else []
+        for name in names:
+            assert name.partition(".")[0] not in REFERENCES or part_of(path) == "verify", f"{path} imports {name}"

@@ -165,6 +165,14 @@ def refuse(config: Mapping[str, Any], **defaults: Any) -> None:
             raise UserError(f"{CONFIG_FILE}: {key}={found!r} is not read here: expected {value!r}")
 
 
+def task_type(model: nn.Module) -> str:
+    """Return PEFT's name for what the model is: how its wrapper feeds and reads it."""
+    if getattr(model, "lm_head", None) is None:
+        return "FEATURE_EXTRACTION"
+    seq2seq = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM"
+
+
 def export(method: Method, model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return PEFT's configuration and tensors for an adapter of `method` on `model`.
 
@@ -178,7 +186,7 @@ def export(method: Method, model: nn.Module, state: Mapping[str, Tensor]) -> tup
     place = getattr(getattr(model, "config", None), "_name_or_path", None)
     config = {
         "peft_type": form.peft_type,
-        "task_type": None,
+        "task_type": task_type(model),
         "base_model_name_or_path": place or None,
         "inference_mode": True,
         **form.config(method, model, sites),

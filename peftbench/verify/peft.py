@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftbench.errors import UserError
-from peftbench.methods.peft_format import PREFIX, PeftFormat
+from peftbench.methods.peft_format import PREFIX, PeftFormat, task_type
 from peftbench.verify import STEPS, Parity
 from peftbench.verify.bench import (
     LEARNING_RATE,
@@ -57,10 +57,7 @@ class Theirs:
         self.method = ours.method
         base = fresh(model_name)
         config = form.config(ours.method, base, ours.method.sites(base)) | form.training(ours.method, STEPS)
-        text = hasattr(base, "lm_head")
-        prompts = form.peft_type in ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
-        if prompts:
-            config["task_type"] = "CAUSAL_LM" if text else "FEATURE_EXTRACTION"
+        config["task_type"] = task_type(base)
         kinds: Any = peft.PEFT_TYPE_TO_CONFIG_MAPPING  # type: ignore[attr-defined]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,0 +1,104 @@
+"""The gate: which reference judges which method, and the kept results of all checks."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from peftbench import registry
+from peftbench.errors import UserError, nearest
+from peftbench.verify import RESULTS, Parity, bench, source_sha256
+
+REFERENCES = {
+    "peft": "HF PEFT, given the same tensors through the method's PeftFormat",
+    "adapters": "numbers written by the adapters library, kept beside the check",
+    "formula": "the paper's formula on dense weights, one run, autograd",
+    "torch": "the base's own weights trained by torch.optim.AdamW",
+}
+"""In order of preference; each is a module of this package with `check(method, model) -> Parity`."""
+FIXTURES = RESULTS.with_name("data") / "adapters"
+MODULES = {"peft": "peft", "adapters": "fixtures", "formula": "formulas", "torch": "native"}
+
+
+def check_function(reference: str) -> Callable[[str, str], Parity]:
+    """Return the check against a reference.
+
+    Raises:
+        UserError: there is no such reference.
+    """
+    if reference not in REFERENCES:
+        raise UserError(
+            f"--against {reference}: expected one of {', '.join(REFERENCES)}{nearest(reference, REFERENCES)}"
+        )
+    return importlib.import_module(f"peftbench.verify.{MODULES[reference]}").check  # type: ignore[no-any-return]
+
+
+def references(name: str) -> list[str]:
+    """Return the references that hold the method `name`, best first."""
+    from peftbench.verify import formulas
+
+    cls = registry.method_class(name)
+    found = []
+    if cls.peft is not None:
+        found.append("peft")
+    if any(FIXTURES.glob(f"{name}-*.safetensors")):
+        found.append("adapters")
+    if name in formulas.FORMULAS:
+        found.append("formula")
+    if not found:
+        found.append("torch")
+    return found
+
+
+def checks(names: Sequence[str], models: Sequence[str], against: str | None = None) -> Iterator[Parity]:
+    """Check every method on every model, each against its references or the one named.
+
+    A pair that the method itself refuses, and a model whose weights are not at hand, are left out; what a reference
+    cannot do is a result that says so and does not pass.
+
+    Raises:
+        UserError: unknown method, model or reference; the one named does not hold the method.
+    """
+    for name in names:
+        registry.check_option("method", name)
+    for model in models:
+        registry.check_option("model", model)
+    for name in names:
+        known = references(name)
+        if against is not None:
+            check_function(against)
+            if against not in known:
+                raise UserError(f"--against {against}: it has no {name}; {', '.join(known)} has")
+        for model in models:
+            try:
+                bench.chosen(name, bench.fresh(model), model)
+            except UserError:
+                continue
+            for reference in known if against is None else [against]:
+                yield _checked(reference, name, model)
+
+
+def _checked(reference: str, name: str, model: str) -> Parity:
+    try:
+        return check_function(reference)(name, model)
+    except UserError as error:
+        return Parity(name, reference, model, error=str(error))
+
+
+def keep(found: Sequence[Parity]) -> None:
+    """Put the checks into the kept results, in place of earlier ones of the same methods."""
+    kept: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"methods": {}}
+    for name in dict.fromkeys(p.method for p in found):
+        kept["methods"][name] = {
+            "source_sha256": source_sha256(name),
+            "checks": [_compact(p) for p in found if p.method == name],
+        }
+    kept["methods"] = {n: kept["methods"][n] for n in sorted(kept["methods"]) if n in registry.options("method")}
+    RESULTS.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+
+
+def _compact(parity: Parity) -> dict[str, Any]:
+    """Return a check as plain data with three digits to a deviation, so that machines do not differ in noise."""
+    return {k: float(f"{v:.2e}") if isinstance(v, float) else v for k, v in parity.to_dict().items() if k != "method"}

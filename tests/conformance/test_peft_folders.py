@@ -1,0 +1,64 @@
+"""Every method that HF PEFT holds writes folders that PEFT reads, and reads them back."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+import peftbench
+from peftbench import registry
+from peftbench.errors import UserError
+from peftbench.verify import bench
+from tests.conformance.conftest import METHODS
+
+peft: Any = pytest.importorskip("peft")
+HELD = [m for m in METHODS if registry.method_class(m).peft is not None]
+MODELS = ["tiny-bert", "tiny-gpt2", "tiny-llama"]
+
+
+def saved(method: str, model_name: str, folder: Any) -> tuple[bench.Ours, Any]:
+    """Save a disturbed adapter as PEFT's, with the task type a model of its kind has."""
+    try:
+        ours = bench.Ours.of(method, model_name)
+    except UserError as error:
+        pytest.skip(f"declared: {error}")
+    ours.adapter.save(folder, format="peft")
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    return ours, config
+
+
+@pytest.mark.parametrize("model_name", MODELS)
+@pytest.mark.parametrize("method", HELD)
+def test_peft_reads_what_is_saved_for_it(method: str, model_name: str, tmp_path: Any) -> None:
+    ours, config = saved(method, model_name, tmp_path)
+    batch = bench.batches(ours.model)[0]
+    extra = ours.method.peft.shared_inputs(ours.method, batch.inputs)
+    want = ours.outputs(batch, **extra)
+    base = bench.fresh(model_name)
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    more = {"task_ids": torch.zeros(bench.ROWS, dtype=torch.long)} if "MULTITASK" in config["peft_type"] else {}
+    with torch.no_grad():
+        assert bench.largest(want, bench.outputs(theirs(**batch.inputs, **more), batch)) < 1e-5
+
+
+@pytest.mark.parametrize("model_name", MODELS)
+@pytest.mark.parametrize("method", HELD)
+def test_a_peft_folder_loads_here(method: str, model_name: str, tmp_path: Any) -> None:
+    ours, _ = saved(method, model_name, tmp_path)
+    batch = bench.batches(ours.model)[0]
+    want = ours.outputs(batch)
+    model = bench.fresh(model_name)
+    bare = bench.outputs(model(**batch.inputs), batch)
+    adapter = peftbench.load_adapter(model, tmp_path)
+    found = bench.outputs(model(**batch.inputs), batch)
+    assert bench.largest(found, want) < 1e-5 < bench.largest(found, bare)
+    # What came from a folder can be kept in this package's own form.
+    adapter.save(tmp_path / "own")
+    adapter.detach()
+    again = peftbench.load_adapter(model, tmp_path / "own")
+    assert bench.largest(bench.outputs(model(**batch.inputs), batch), found) == 0
+    again.detach()
