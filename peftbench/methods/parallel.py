@@ -4,14 +4,14 @@
 
 x is the residual stream that enters the feed-forward part, h that part's output.
 
-Source: He et al. 2022, "Towards a unified view of parameter-efficient transfer learning", arXiv:2110.04366: the row
-"Scaled PA" of table 1, h ← h + s · f(x W_down) W_up, with s = 4, f = ReLU and, as section 4.6 takes over from LoRA,
-W_down uniform in ±1/sqrt(D), W_up and the biases zero: a fresh adapter is the identity. Section 4.4 finds the
-feed-forward part the better place. The paper's bottleneck is 512 of 1024 for summarisation; 64 here compares with
-Houlsby's.
+Source: He et al. 2022, "Towards a unified view of parameter-efficient transfer learning", arXiv:2110.04366, table 1,
+row "Scaled PA": h ← h + s · f(x W_down) W_up, at the feed-forward part, with s = 4 and f = ReLU. It starts as LoRA
+does, W_down uniform in ±1/sqrt(D), W_up and both biases zero, so a fresh adapter is the identity. The authors' runs
+use s = 4 and 512 of 1024 units for summarisation, s = 2 and 16 of 768 for GLUE; 64 units compare with Houlsby's.
 
 In models that normalise before the sublayer (GPT-2, Llama) x is the stream before that normalisation, as in the
-`adapters` library's `par_bn`; the paper's models BART and RoBERTa normalise after the sum, where the two are the same.
+`adapters` library's `par_bn`. Where the layer normalises after the sum, as in the paper's BART and RoBERTa, x is the
+feed-forward part's own input.
 """
 
 from __future__ import annotations

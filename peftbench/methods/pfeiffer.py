@@ -4,14 +4,15 @@
 
 x is the residual stream that enters the feed-forward part, h that part's output.
 
-Source: Pfeiffer et al. 2020, MAD-X, arXiv:2005.00052, section 3.2, eq. 1: the adapter reads the output of the layer
-normalisation that follows the feed-forward part (u), its residual connection is the feed-forward part's output (h), and
-the frozen normalisation is applied once more to the result. The place and ReLU were found best in Pfeiffer et al. 2021,
-AdapterFusion, arXiv:2005.00247, which also gives the reduction by 16 (48 of 768) and the learning rate of 1e-4.
+Source: Pfeiffer et al. 2020, MAD-X, arXiv:2005.00052, eq. 1 and the paragraph below it: the adapter reads the output of
+the layer normalisation that follows the feed-forward part (u), its residual connection is the feed-forward part's
+output (h), and the frozen normalisation is applied once more to the sum. The place was chosen by search in Pfeiffer et
+al. 2021, AdapterFusion, arXiv:2005.00247, whose reduction by 16 (48 of BERT's 768) is the default here. The frozen
+normalisations stay frozen.
 
 Beyond the papers, which use BERT and its kin: in models that normalise before the sublayer (GPT-2, Llama) no
-normalisation follows the sum, and u = x + h. Weights start from a normal distribution with standard deviation 0.02,
-biases at zero, as in BERT; the papers do not say. Both agree with the `adapters` library's `seq_bn`.
+normalisation follows the sum, and u = x + h. Weights start from a normal distribution with standard deviation 0.02 and
+biases from zero, as BERT's do; the papers do not say. Both agree with the `adapters` library's `seq_bn`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,124 @@
+"""The `adapters` library as the reference, through numbers it computed once.
+
+The library pins an older transformers and cannot be imported beside this package's, so `data/adapters/` keeps what it
+found: small random models, an adapter's weights, and with them outputs, gradients, losses and counts. The script that
+makes the files is tests/fixtures/adapters/make.py; tensors keep the names that the library gives them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+
+from peftbench.errors import UserError, nearest
+from peftbench.methods.adapter import Adapter, attach, named_method
+from peftbench.verify import Parity
+from peftbench.verify.bench import Batch, Ours, largest, ratio, relative, same_names
+
+FOLDER = Path(__file__).parent / "data" / "adapters"
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "houlsby": {"bottleneck": 8, "activation": "silu", "norms": False},
+    "pfeiffer": {"bottleneck": 8},
+    "parallel": {"bottleneck": 8},
+    "compacter": {"bottleneck": 8, "norms": False},
+}
+"""Settings under which a method is the same function as the library's: `double_seq_bn`, `seq_bn`, `par_bn`, ..."""
+
+# The library's name of a tensor at a site, ours, and how the one becomes the other.
+TENSORS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "adapter_down.0.weight": ("down", lambda t: t.T),
+    "adapter_down.0.bias": ("down_bias", lambda t: t),
+    "adapter_up.weight": ("up", lambda t: t.T),
+    "adapter_up.bias": ("up_bias", lambda t: t),
+    "adapter_down.0.W_left": ("down_left", lambda t: t),
+    "adapter_down.0.W_right": ("down_right", lambda t: t),
+    "adapter_down.0.b": ("down_bias", lambda t: t.reshape(4, -1)),
+    "adapter_up.W_left": ("up_left", lambda t: t),
+    "adapter_up.W_right": ("up_right", lambda t: t),
+    "adapter_up.b": ("up_bias", lambda t: t),
+}
+SHARED = {"shared_parameters.a.phm_rule": "shared.A"}
+
+
+def cases() -> list[tuple[str, str]]:
+    """Return every method and tiny model that the files cover."""
+    stems = sorted(file.stem.split("-") for file in FOLDER.glob("*-*.safetensors"))
+    return [(method, f"tiny-{family}") for method, family in stems]
+
+
+def _read(stem: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(FOLDER / f"{stem}.safetensors", "pt") as file:  # type: ignore[no-untyped-call]
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _base(tensors: dict[str, Tensor], about: dict[str, str]) -> nn.Module:
+    config = AutoConfig.for_model(**json.loads(about["architecture"]))
+    model: nn.Module = AutoModel.from_config(config, attn_implementation="eager")
+    model.load_state_dict(_part(tensors, "base."))
+    return model.eval()
+
+
+def _translated(theirs: dict[str, Tensor], adapter: Adapter) -> dict[str, Tensor]:
+    """Return the library's tensors under our names, in our layout."""
+    keys = {(site.layer, site.role): key for (site, _), (key, _) in zip(adapter.deltas, adapter.parts, strict=False)}
+    found = {}
+    for name, tensor in theirs.items():
+        if name in SHARED:
+            found[SHARED[name]] = tensor
+            continue
+        place, _, own = name.partition(".adapters.a.")
+        layer = re.search(r"\.(\d+)\.", place)
+        assert layer is not None
+        role = "attention" if "attention" in place else "mlp"
+        ours, turn = TENSORS[own]
+        found[f"{keys[int(layer[1]), role]}.{ours}"] = turn(tensor).contiguous()
+    return found
+
+
+def check(name: str, model_name: str) -> Parity:
+    """Compare the method `name` with what the `adapters` library computed on a small model like `model_name`.
+
+    Raises:
+        UserError: there is no such file, or the two sides do not train the same tensors.
+    """
+    if (name, model_name) not in cases():
+        known = [f"{method} on {model}" for method, model in cases()]
+        wanted = f"{name} on {model_name}"
+        raise UserError(f"verify: nothing kept for {wanted}{nearest(wanted, known)}; there is {', '.join(known)}")
+    family = model_name.removeprefix("tiny-")
+    tensors, about = _read(family)
+    theirs, _ = _read(f"{name}-{family}")
+    model = _base(tensors, about)
+    method = named_method(name, SETTINGS[name])
+    adapter = attach(model, method)
+    ours = Ours(model, adapter, method)
+    weights = _translated(_part(theirs, "weight."), adapter)
+    same_names(adapter.state_dict(), weights)
+    adapter.load_state_dict(weights)
+    batch = Batch({key: tensors[key] for key in ("input_ids", "attention_mask")}, target_seed=0)
+    with torch.no_grad():
+        outputs = largest(ours.outputs(batch), theirs["output"])
+    gradients = relative(ours.gradients(batch), _translated(_part(theirs, "gradient."), adapter))
+    losses = theirs["loss"].tolist()
+    return Parity(
+        name,
+        f"adapters {about['adapters']}",
+        model_name,
+        outputs=outputs,
+        gradients=gradients,
+        trace=ratio(ours.trace([batch], len(losses)), losses),
+        trainable=(adapter.parameter_count(), int(theirs["parameters"])),
+    )

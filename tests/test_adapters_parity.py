@@ -1,0 +1,136 @@
+"""Bottleneck adapters compute what the `adapters` library computes, and read what their papers say they read."""
+
+import pytest
+import torch
+from torch import nn
+
+from peftbench import registry
+from peftbench.config import ModelConfig, build
+from peftbench.errors import UserError
+from peftbench.methods import bottleneck
+from peftbench.methods.adapter import named_method
+from peftbench.methods.bottleneck import BottleneckDelta, stream_sites
+from peftbench.methods.compacter import kronecker_sum
+from peftbench.methods.houlsby import HoulsbyDelta
+from peftbench.methods.parallel import ParallelDelta
+from peftbench.methods.pfeiffer import PfeifferDelta
+from peftbench.models import roles
+from peftbench.models.load import build_meta
+from peftbench.verify import fixtures
+from tests.test_roles import ENCODERS, SETTINGS, kept_calls, make
+
+CASES = fixtures.cases()
+
+
+def test_every_method_is_compared_on_every_family():
+    families = ("tiny-bert", "tiny-gpt2", "tiny-llama")
+    assert set(CASES) == {(method, family) for method in fixtures.SETTINGS for family in families}
+    assert sum(file.stat().st_size for file in fixtures.FOLDER.iterdir()) < 1.5e6
+
+
+@pytest.mark.parametrize(("method", "model"), CASES)
+def test_equal_to_the_adapters_library(method, model):
+    found = fixtures.check(method, model)
+    assert found.passed, found
+    assert set(found.deviations) == {"outputs", "gradients", "trace"}
+    assert found.trainable is not None
+
+
+def _negated(self, inputs, outputs):
+    return 2 * outputs - BottleneckDelta.forward(self, inputs, outputs)
+
+
+def _without_norm(self, inputs, outputs):
+    return inputs + outputs
+
+
+def _transposed(a, left, right):
+    return kronecker_sum(a.transpose(2, 3), left, right)
+
+
+MISTAKES = [
+    ("houlsby", "tiny-bert", HoulsbyDelta, "forward", _negated),
+    ("houlsby", "tiny-gpt2", HoulsbyDelta, "read", lambda self, inputs, outputs: inputs),
+    ("pfeiffer", "tiny-bert", PfeifferDelta, "read", _without_norm),
+    ("pfeiffer", "tiny-llama", PfeifferDelta, "read", lambda self, inputs, outputs: outputs),
+    ("parallel", "tiny-bert", ParallelDelta, "read", lambda self, inputs, outputs: outputs),
+    ("parallel", "tiny-gpt2", bottleneck, "post_norm", lambda model: True),
+    ("parallel", "tiny-llama", ParallelDelta, "forward", _negated),
+    ("compacter", "tiny-gpt2", "peftbench.methods.compacter", "kronecker_sum", _transposed),
+]
+
+
+@pytest.mark.parametrize(("method", "model", "owner", "name", "wrong"), MISTAKES)
+def test_a_planted_mistake_is_seen(method, model, owner, name, wrong, monkeypatch):
+    if isinstance(owner, str):
+        monkeypatch.setattr(f"{owner}.{name}", wrong)
+    else:
+        monkeypatch.setattr(owner, name, wrong)
+    found = fixtures.check(method, model)
+    assert found.outputs is not None
+    assert found.outputs > 1e-2
+    assert not found.passed
+
+
+def test_a_scale_off_by_a_quarter_is_seen(monkeypatch):
+    monkeypatch.setitem(fixtures.SETTINGS, "parallel", {"bottleneck": 8, "scale": 5.0})
+    assert not fixtures.check("parallel", "tiny-bert").passed
+
+
+def test_what_no_file_covers_is_refused():
+    with pytest.raises(UserError, match="nothing kept for houlsby on tiny-opt"):
+        fixtures.check("houlsby", "tiny-opt")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_stream_sites_read_the_residual_stream(name):
+    model = make(name)
+    sites = stream_sites(model, ("mlp",))
+    base_name, base = roles._base(model)
+    layers = {index: layer for index, _, layer, _ in roles._layers(base_name, base, roles.family_of(model))}
+    assert [site.layer for site in sites] == list(layers)
+    assert bottleneck.post_norm(model) == (name in ENCODERS or name == "opt-post-norm")
+    modules = {(site.layer, part): getattr(site, part) for site in sites for part in ("source", "module")}
+    calls = kept_calls(model, modules | {(index, "layer"): layer for index, layer in layers.items()})
+    for site in sites:
+        start, end = calls[site.layer, "layer"]
+        x, h = calls[site.layer, "source"][0].view(end.shape), calls[site.layer, "module"][1].view(end.shape)
+        if name == "gpt_neox":  # attention and feed-forward read the same stream
+            torch.testing.assert_close(x, start)
+        else:
+            torch.testing.assert_close(site.norm(x + h), end)
+
+
+def test_kronecker_sum_is_the_sum_of_kronecker_products():
+    draw = torch.Generator().manual_seed(0)
+    a, left, right = (torch.randn(shape, generator=draw) for shape in ((2, 3, 3, 3), (2, 3, 5, 2), (2, 3, 2, 4)))
+    found = kronecker_sum(a, left, right)
+    for run in range(2):
+        want = sum(torch.kron(a[run, i], left[run, i] @ right[run, i]) for i in range(3))
+        torch.testing.assert_close(found[run], want)
+
+
+def t5_base() -> nn.Module:
+    return build_meta(build(ModelConfig, registry.section("model", "t5-base"), "model"), "text")
+
+
+@pytest.mark.parametrize(("sublayers", "percent"), [(("attention", "mlp"), 0.073), (("mlp",), 0.047)])
+def test_compacter_trains_as_much_of_t5_base_as_the_paper_says(sublayers, percent):
+    model = t5_base()
+    method = named_method("compacter", {"sublayers": sublayers})
+    assert round(100 * method.parameter_count(model) / model.num_parameters(), 3) == percent
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("compacter", {"bottleneck": 6}, "method.bottleneck=6: expected a multiple of n=4"),
+        ("compacter", {"sublayers": ["embedding"]}, "expected some of attention, mlp"),
+        ("pfeiffer", {"activation": "swish"}, "method.activation='swish': expected one of gelu, relu, silu, tanh"),
+        ("parallel", {"scale": 0.0}, "method.scale=0.0: expected a number above 0"),
+        ("houlsby", {"bottleneck": 0}, "method.bottleneck=0: expected a whole number of at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(method, settings, message):
+    with pytest.raises(UserError, match=message):
+        named_method(method, settings)
