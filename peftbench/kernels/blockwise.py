@@ -18,7 +18,9 @@ import functools
 import logging
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,14 +50,16 @@ def codebook(kind: str, device: torch.device | str = "cpu") -> Tensor:
     they are here. FP4 has a sign, two exponent bits e that count down and one mantissa bit m: (1 + m/2) · 2^(4-e),
     or m/16 for e = 0, divided by the largest, 12.
     """
-    if kind == "nf4":
-        upper, lower = (torch.linspace(OFFSET, 0.5, n, dtype=torch.float32)[:-1].double() for n in (9, 8))
-        quantiles = torch.cat([torch.special.ndtri(upper), -torch.special.ndtri(lower), torch.zeros(1).double()])
-        values = quantiles.sort().values.float()
-    else:
-        assert kind == "fp4", kind
-        sizes = [m / 16 if e == 0 else (1 + m / 2) * 2 ** (4 - e) for e in range(4) for m in range(2)]
-        values = torch.tensor(sizes + [0.0 - size for size in sizes])
+    # not on the device of the caller's context, whose functions round in other ways
+    with torch.device("cpu"):
+        if kind == "nf4":
+            upper, lower = (torch.linspace(OFFSET, 0.5, n, dtype=torch.float32)[:-1].double() for n in (9, 8))
+            quantiles = [torch.special.ndtri(upper), -torch.special.ndtri(lower), torch.zeros(1).double()]
+            values = torch.cat(quantiles).sort().values.float()
+        else:
+            assert kind == "fp4", kind
+            sizes = [m / 16 if e == 0 else (1 + m / 2) * 2 ** (4 - e) for e in range(4) for m in range(2)]
+            values = torch.tensor(sizes + [0.0 - size for size in sizes])
     return (values / values.max()).to(device)
 
 
@@ -69,7 +73,7 @@ def dynamic_map(signed: bool = True, device: torch.device | str = "cpu") -> Tens
     values = [0.0, 1.0]
     for decade in range(7):
         parts = 2 ** (decade if signed else decade + 1)
-        edges = torch.linspace(0.1, 1, parts + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, parts + 1, dtype=torch.float32, device="cpu")
         middles = (10 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
         values += middles + ([-m for m in middles] if signed else [])
     values += [0.0] * (256 - len(values))
@@ -79,22 +83,39 @@ def dynamic_map(signed: bool = True, device: torch.device | str = "cpu") -> Tens
 @functools.cache
 def _boundaries(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return ascending boundaries [15] and codes [16]: code i is for values above boundary i - 1, up to boundary i."""
+    with torch.device("cpu"):
+        bounds, codes = _host_boundaries(kind, device.type == "cuda")
+    return bounds.to(device), codes.to(device, torch.uint8)
+
+
+def _host_boundaries(kind: str, cuda: bool) -> tuple[Tensor, Tensor]:
     values = codebook(kind)
     codes = values.sort(stable=True).indices
     values = values[codes]
-    if device.type != "cuda":
-        return ((values[1:] + values[:-1]) / 2).to(device), codes.to(device, torch.uint8)
+    if not cuda:
+        return (values[1:] + values[:-1]) / 2, codes
     if kind == "nf4":
-        return ((values[1:].double() + values[:-1].double()) / 2).float().to(device), codes.to(device, torch.uint8)
+        middles = (values[1:].double() + values[:-1].double()) / 2
+        return torch.tensor([_from_digits(m) for m in middles.tolist()]), codes
     # There sign and magnitude are coded apart: a boundary belongs to the smaller magnitude, and a negative value near
-    # zero to the negative zero, if it is not flushed. Two boundaries are given with fewer digits than fp32 holds.
+    # zero to the negative zero, if it is not flushed. Three boundaries are given with fewer digits than fp32 holds.
     sizes = torch.tensor([0, 1 / 16, 2, 3, 4, 6, 8, 12], dtype=torch.float64)
     upper = ((sizes[1:] + sizes[:-1]) / 24).float()
-    upper[0], upper[5] = 0.00260417, 0.583333
+    upper[0], upper[4], upper[5] = 0.00260417, 0.4166667, 0.583333
     lower = torch.nextafter(-upper.flip(0), torch.tensor(-math.inf))
     bounds = torch.cat([lower, torch.tensor([-torch.finfo(torch.float32).tiny]), upper])
     ranks = codebook(kind)[:8].sort().indices
-    return bounds.to(device), torch.cat([ranks.flip(0) + 8, ranks]).to(device, torch.uint8)
+    return bounds, torch.cat([ranks.flip(0) + 8, ranks])
+
+
+def _from_digits(middle: float) -> float:
+    """Return the fp32 number nearest to the shortest digits of `middle`.
+
+    The middle of two fp32 numbers is mostly a tie, which the digits printed in CUDA's source decide either way.
+    """
+    digits, near = Fraction(repr(middle)), np.float32(middle)
+    around = [np.nextafter(near, np.float32(-2)), near, np.nextafter(near, np.float32(2))]
+    return float(min(around, key=lambda number: abs(Fraction(float(number)) - digits)))
 
 
 def _reciprocal(x: Tensor) -> Tensor:
@@ -154,7 +175,7 @@ def dequantize_4bit(
 @functools.cache
 def _pairs(kind: str, device: torch.device) -> Tensor:
     """Return the two values that each byte stands for, [256, 2]."""
-    values, byte = codebook(kind), torch.arange(256)
+    values, byte = codebook(kind), torch.arange(256, device="cpu")
     return torch.stack([values[byte >> 4], values[byte & 15]], 1).to(device)
 
 

@@ -9,7 +9,7 @@ side by side, GPT-NeoX interleaves them per head); a site then names the output 
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peftbench.errors import UserError, nearest
+from peftbench.models.quantized import QuantizedLinear
 
 LINEAR_ROLES = (
     "attention.query",
@@ -80,8 +81,11 @@ class Site:
         On the module's device, detached; it may share memory with the module's own weight, so do not write into it.
         On the meta device: zeros on the CPU.
         """
-        weight: Any = self.module.weight
-        weight = weight.detach().T if self.transposed else weight.detach()
+        if isinstance(self.module, QuantizedLinear):
+            weight: Any = self.module.dense(dtype)
+        else:
+            weight = cast(Any, self.module.weight).detach()
+            weight = weight.T if self.transposed else weight
         if weight.is_meta:
             return torch.zeros(self.out_features, self.in_features, dtype=dtype)
         return weight[self._rows()].to(dtype)
@@ -89,7 +93,8 @@ class Site:
     @torch.no_grad()
     def dense_bias(self, dtype: torch.dtype = torch.float32) -> Tensor | None:
         """The bias of a linear site's own part, [out_features], or None; otherwise as `dense_weight`."""
-        bias: Any = self.module.bias
+        quantized = isinstance(self.module, QuantizedLinear)
+        bias: Any = self.module.dense_bias() if quantized else self.module.bias  # type: ignore[operator]
         if bias is None:
             return None
         if bias.is_meta:
@@ -542,14 +547,14 @@ def _layers(name: str, base: nn.Module, family: Family) -> Iterator[tuple[int, s
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D))
+    return isinstance(module, (nn.Linear, Conv1D, QuantizedLinear))
 
 
 def _linear_site(role: str, layer: int | None, name: str, module: nn.Module, config: Any, columns: Any = None) -> Site:
     if isinstance(module, Conv1D):
         in_features, out_features = int(module.nx), int(module.nf)
     else:
-        assert isinstance(module, nn.Linear)
+        assert isinstance(module, (nn.Linear, QuantizedLinear))
         in_features, out_features = module.in_features, module.out_features
     own: Columns = columns(config, out_features) if columns is not None else None
     if own is not None:
