@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import peftbench
 from peftbench import registry
 from peftbench.config import ModelConfig, build
 from peftbench.errors import UserError
@@ -17,6 +18,7 @@ from peftbench.methods.pfeiffer import PfeifferDelta
 from peftbench.models import roles
 from peftbench.models.load import build_meta
 from peftbench.verify import fixtures
+from tests.conformance.conftest import batch, disturb, fresh
 from tests.test_roles import ENCODERS, SETTINGS, kept_calls, make
 
 CASES = fixtures.cases()
@@ -108,6 +110,28 @@ def test_kronecker_sum_is_the_sum_of_kronecker_products():
     for run in range(2):
         want = sum(torch.kron(a[run, i], left[run, i] @ right[run, i]) for i in range(3))
         torch.testing.assert_close(found[run], want)
+
+
+@pytest.mark.parametrize("method", fixtures.SETTINGS)
+def test_runs_of_different_width_share_a_pack(method):
+    widths, model = (4, 8), fresh("tiny-bert")
+    adapter = peftbench.attach(model, [named_method(method, {"bottleneck": width}) for width in widths])
+    disturb(adapter)
+    states = [adapter.state_dict(run) for run in range(2)]
+    packed = model(**batch(4)).last_hidden_state
+    packed.square().sum().backward()
+    for _, delta in adapter.parts:
+        for name, parameter in delta.named_parameters():
+            padding = parameter.grad[0].clone()
+            padding[tuple(slice(size) for size in delta.shapes[name][0])] = 0
+            assert not padding.any(), name
+    adapter.detach()
+    for run, width in enumerate(widths):
+        alone = peftbench.attach(model, named_method(method, {"bottleneck": width}))
+        alone.load_state_dict(states[run])
+        half = {k: v[2 * run : 2 * run + 2] for k, v in batch(4).items()}
+        torch.testing.assert_close(model(**half).last_hidden_state, packed[2 * run : 2 * run + 2], rtol=1e-4, atol=1e-5)
+        alone.detach()
 
 
 def t5_base() -> nn.Module:
