@@ -4,7 +4,8 @@
     python experiments/choose_rates.py method-zoo --seeds 3 --results results
 
 The rates tried are those of `experiments/<name>-rates`, whose records are read from the sweep it names. The choice is
-made per method and task on the split carved out of train; test metrics are not looked at. A method that finished on no rate is left out, and said so.
+made per method and task on the split carved out of train; test metrics are not looked at. A method that finished on no
+rate is left out, and said so.
 """
 
 import argparse

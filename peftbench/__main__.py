@@ -44,10 +44,14 @@ def parser() -> Parser:
             one.add_argument("--quiet", action="store_true", help="print only what went wrong and the report's path")
         if name in ("methods", "models", "tasks"):
             one.add_argument("--json", action="store_true", help="machine-readable")
+        if name == "methods":
+            one.add_argument("--markdown", action="store_true", help="the documentation's tables")
         if name == "verify":
             one.add_argument("methods", nargs="*", metavar="method", help="default: all")
             one.add_argument("--against", metavar="reference", help="peft, adapters, formula or torch; default: all")
-            one.add_argument("--model", action="append", metavar="name", help="may be repeated; default: the gate's four")
+            one.add_argument(
+                "--model", action="append", metavar="name", help="may be repeated; default: the gate's four"
+            )
             one.add_argument("--json", action="store_true", help="machine-readable")
             one.add_argument("--write", action="store_true", help="keep the results in the package")
         if name == "report":
@@ -79,6 +83,8 @@ def dispatch(arguments: Sequence[str]) -> int:
         return verify.verify(given.methods, given.against, given.model, given.json, given.write)
     if given.command == "doctor":
         return doctor.doctor()
+    if given.command == "methods":
+        return lists.methods(given.json, given.markdown)
     return getattr(lists, given.command)(given.json)
 
 

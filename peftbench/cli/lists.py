@@ -15,7 +15,8 @@ List the methods: idea, settings with defaults, what each can and cannot do.
 
 examples:
   python -m peftbench methods
-  python -m peftbench methods --json"""
+  python -m peftbench methods --json
+  python -m peftbench methods --markdown > docs/methods.md"""
 
 MODELS_HELP = """\
 List the models and where their weights would come from. Any other checkpoint works by its hub name or folder:
@@ -62,8 +63,11 @@ def _short(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def methods(as_json: bool) -> int:
+def methods(as_json: bool, as_markdown: bool = False) -> int:
     """Print the methods."""
+    if as_markdown:
+        print(markdown(), end="")
+        return 0
     rows = _all("method", registry.describe_method)
     if as_json:
         return _print_json(rows)
@@ -75,6 +79,63 @@ def methods(as_json: bool) -> int:
         rate = _short(row["suggested"].get("learning_rate"))
         lines.append([row["name"], row["idea"], settings or "–", rate, packable, mergeable])
     return _print_table(["method", "idea", "settings", "learning rate", "runs", "merge"], lines)
+
+
+MARKDOWN_HEAD = """\
+# Methods
+
+Written by `python -m peftbench methods --markdown` from the methods' own declarations and the parity gate's kept results
+(`python -m peftbench verify --write`); not edited by hand.
+
+D_in and D_out are the sides of an adapted linear map, D the model's width, r the rank, P virtual tokens, L layers. *Sites*
+are the kinds of place a method fills. *Packs*: several runs share one pass through the frozen base. *4 bits*: works on a
+base quantized to NF4 or FP4.
+
+| method | idea | equation | paper | sites | trained parameters | identity at init | merges | packs | 4 bits |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+PARITY_HEAD = """
+## Parity
+
+Each line is the worst deviation over the models of the gate: outputs and merged weights absolute, gradients (of every
+adapter parameter) and the losses of 20 AdamW steps relative; fp32 on a CPU, the same weights on both sides.
+
+| method | reference | models | outputs | gradients | 20 steps | merged | trained parameters | verdict |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+def markdown() -> str:
+    """Return the documentation's tables of methods and of the parity gate's kept results."""
+    from peftbench import verify
+
+    yes = {True: "yes", False: "no"}
+    lines, notes = [], []
+    for row in _all("method", registry.describe_method):
+        traits = row["traits"]
+        cells = [f"`{row['name']}`", row["idea"], row["equation"], row["paper"], ", ".join(traits["sites"]) or "none"]
+        cells += [row["parameters"]]
+        cells += [yes[traits[k]] for k in ("identity_at_init", "mergeable", "packable", "quantized_base")]
+        lines.append("| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |")
+    parity = []
+    for name, kept in verify.results()["methods"].items():
+        for reference in dict.fromkeys(c["reference"] for c in kept["checks"]):
+            checks = [c for c in kept["checks"] if c["reference"] == reference]
+            worst = []
+            for key in verify.TOLERANCES:
+                values = [c[key] for c in checks if c[key] is not None]
+                worst.append(f"{max(values):.1e}" if values else "–")
+            counts = all(c["trainable"] is None or len(set(c["trainable"])) == 1 for c in checks)
+            verdict = "equal" if all(c["passed"] for c in checks) else "differs"
+            models = ", ".join(c["model"] for c in checks)
+            cells = [f"`{name}`", reference, models, *worst, "equal" if counts else "differ", verdict]
+            parity.append("| " + " | ".join(cells) + " |")
+            note = next((c["note"] for c in checks if c["note"]), "")
+            if note:
+                notes.append(f"- `{name}` against {reference}: {note}")
+    text = MARKDOWN_HEAD + "\n".join(lines) + "\n" + PARITY_HEAD + "\n".join(parity) + "\n"
+    return text + ("\nDifferences by decision:\n\n" + "\n".join(notes) + "\n" if notes else "")
 
 
 def models(as_json: bool) -> int:

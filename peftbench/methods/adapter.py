@@ -69,6 +69,7 @@ class Adapter:
         self._flags = {name: p.requires_grad for name, p in base.items()}
         # Methods that train the base itself leave it changed; the copy lives on the host to stay out of device memory.
         self._originals = {name: p.detach().to("cpu", copy=True) for name, p in self._changed.items()}
+        self._adopted: dict[str, nn.Parameter] = {}
         self._unmerged: dict[str, Tensor] = {}
         self._merged: int | None = None
         self._injection = Injection(self.runs)
@@ -146,6 +147,15 @@ class Adapter:
     def after_step(self, end: StepEnd) -> None:
         """Let the method act once the optimizer has made a step."""
         type(self.methods[0]).after_step(self.methods, self.deltas, self.shared, end)
+
+    @torch.no_grad()
+    def adopt(self, tensors: dict[str, Tensor]) -> None:
+        """Copy `tensors` into the model's parameters of those names (a task head saved beside); `detach` restores."""
+        for name, tensor in tensors.items():
+            parameter = self.model.get_parameter(name)
+            self._originals[name] = parameter.detach().to("cpu", copy=True)
+            self._adopted[name] = parameter
+            parameter.copy_(tensor)
 
     def condition(self, tasks: Tensor | None) -> None:
         """Tell the deltas each row's task, [R·B], for batches that mix tasks; None where there is one."""
@@ -324,8 +334,9 @@ class Adapter:
         self.unmerge()
         self._injection.remove()
         for name, tensor in self._originals.items():
-            self._changed[name].copy_(tensor)
-            self._changed[name].grad = None
+            parameter = (self._changed | self._adopted)[name]
+            parameter.copy_(tensor)
+            parameter.grad = None
         for name, p in base_parameters(self.model).items():
             p.requires_grad_(self._flags[name])
         return self.model
@@ -446,9 +457,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Adapter:
     """
     folder = Path(folder)
     if (folder / peft_format.CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).is_file():
-        method, state = peft_format.read(folder, model)
-        adapter = attach(model, method)
-        return _filled(adapter, state)
+        method, state, beside = peft_format.read(folder, model)
+        adapter = _filled(attach(model, method), state)
+        adapter.adopt(beside)
+        return adapter
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
         state = load_file(folder / WEIGHTS_FILE)

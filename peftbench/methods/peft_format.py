@@ -194,8 +194,10 @@ def export(method: Method, model: nn.Module, state: Mapping[str, Tensor]) -> tup
     return config, form.tensors(method, sites, state)
 
 
-def read(folder: Path, model: nn.Module) -> tuple[Method, dict[str, Tensor]]:
-    """Return method and tensors of a PEFT folder.
+def read(folder: Path, model: nn.Module) -> tuple[Method, dict[str, Tensor], dict[str, Tensor]]:
+    """Return method, tensors, and (by name) parameters of `model` that were trained beside it, of a PEFT folder.
+
+    The last are those of `modules_to_save`, usually a task head.
 
     Raises:
         UserError: the files are unreadable, no method here is theirs, or the tensors do not fit.
@@ -214,12 +216,19 @@ def read(folder: Path, model: nn.Module) -> tuple[Method, dict[str, Tensor]]:
     cls = next((c for c in classes if c.peft is not None and c.peft.matches(config)), None)
     if cls is None:
         raise UserError(f"{folder}: PEFT's {config.get('peft_type')!r} with these settings has no counterpart here")
-    refuse(config, modules_to_save=None)
     method = build(cls, cls.peft.settings(config), "method")
     sites = method.sites(model)
+    beside = {}
+    for name, parameter in model.named_parameters():
+        if PREFIX + name in tensors and any(m in name.split(".") for m in config.get("modules_to_save") or ()):
+            beside[name] = tensors.pop(PREFIX + name)
+            if beside[name].shape != parameter.shape:
+                found, own = tuple(beside[name].shape), tuple(parameter.shape)
+                raise UserError(f"{folder}: {name} has shape {found}, the model's {own}")
     state = cls.peft.state(method, sites, tensors)
     back = cls.peft.tensors(method, sites, state)
     odd = sorted(set(back) ^ set(tensors))
     if odd:
-        raise UserError(f"{folder}: tensor {odd[0]!r} is {'missing' if odd[0] in back else 'not this method’s'}")
-    return method, state
+        where = "missing" if odd[0] in back else "neither this method's nor a module of the model in modules_to_save"
+        raise UserError(f"{folder}: tensor {odd[0]!r} is {where}")
+    return method, state, beside

@@ -16,6 +16,7 @@ from tests.conformance.conftest import METHODS
 
 peft: Any = pytest.importorskip("peft")
 HELD = [m for m in METHODS if registry.method_class(m).peft is not None]
+PLAIN = next(m for m in HELD if registry.method_class(m).peft.peft_type == "LORA")
 MODELS = ["tiny-bert", "tiny-gpt2", "tiny-llama"]
 
 
@@ -62,3 +63,37 @@ def test_a_peft_folder_loads_here(method: str, model_name: str, tmp_path: Any) -
     again = peftbench.load_adapter(model, tmp_path / "own")
     assert bench.largest(bench.outputs(model(**batch.inputs), batch), found) == 0
     again.detach()
+
+
+def test_a_head_saved_beside_an_adapter_comes_along(tmp_path: Any) -> None:
+    """PEFT keeps a classifier in the same file; it is loaded into the model's own, and goes when the adapter goes."""
+    from transformers import AutoModelForSequenceClassification
+
+    def classifier() -> Any:
+        torch.manual_seed(1)
+        return AutoModelForSequenceClassification.from_config(bench.fresh("tiny-bert").config).eval()
+
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"], init_lora_weights=False)
+    theirs = peft.get_peft_model(classifier(), config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    theirs.save_pretrained(tmp_path)
+    model = classifier()
+    batch = bench.batches(model)[0]
+    with torch.no_grad():
+        want, bare = theirs(**batch.inputs).logits, model(**batch.inputs).logits
+        adapter = peftbench.load_adapter(model, tmp_path)
+        assert bench.largest(model(**batch.inputs).logits, want) < 1e-5
+        adapter.detach()
+        assert torch.equal(model(**batch.inputs).logits, bare)
+
+
+def test_what_a_peft_folder_asks_for_and_is_not_here_is_refused(tmp_path: Any) -> None:
+    ours, config = saved(PLAIN, "tiny-bert", tmp_path)
+    ours.adapter.detach()
+    for change, message in (({"peft_type": "XYZ"}, "no counterpart"), ({"bias": "all"}, "bias='all' is not read here")):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=message):
+            peftbench.load_adapter(ours.model, tmp_path)
