@@ -111,9 +111,7 @@ class PrefixFormat(PeftFormat):
     def config(self, method: PrefixTuning, model: nn.Module, sites: Sequence[Site]) -> dict[str, Any]:
         config: Any = model.config
         if config.is_encoder_decoder:
-            raise UserError(
-                "PEFT gives one stack of an encoder-decoder a prefix, this method both: save it as peftbench"
-            )
+            raise UserError("PEFT gives only one stack of an encoder-decoder a prefix: save it with format='peftbench'")
         return {
             **prompt_config(model, method.length),
             "token_dim": sites[0].key_heads * sites[0].head_dim,
