@@ -17,6 +17,7 @@ from peftbench.methods.parallel import ParallelDelta
 from peftbench.methods.pfeiffer import PfeifferDelta
 from peftbench.models import roles
 from peftbench.models.load import build_meta
+from peftbench.models.roles import find_sites
 from peftbench.verify import fixtures
 from tests.conformance.conftest import batch, disturb, fresh
 from tests.test_roles import ENCODERS, SETTINGS, kept_calls, make
@@ -80,7 +81,7 @@ def test_a_scale_off_by_a_quarter_is_seen(monkeypatch):
 
 
 def test_what_no_file_covers_is_refused():
-    with pytest.raises(UserError, match="nothing kept for houlsby on tiny-opt"):
+    with pytest.raises(UserError, match="nothing kept for houlsby on tiny-opt; there is houlsby on tiny-bert"):
         fixtures.check("houlsby", "tiny-opt")
 
 
@@ -101,6 +102,15 @@ def test_stream_sites_read_the_residual_stream(name):
             torch.testing.assert_close(x, start)
         else:
             torch.testing.assert_close(site.norm(x + h), end)
+
+
+def test_a_role_table_without_the_norm_is_refused(monkeypatch):
+    model = make("gpt2")
+    monkeypatch.setattr(
+        bottleneck, "find_sites", lambda model, kind: find_sites(model, kind) if kind == "hidden" else []
+    )
+    with pytest.raises(UserError, match="no norm.mlp beside it"):
+        stream_sites(model, ("mlp",))
 
 
 def test_kronecker_sum_is_the_sum_of_kronecker_products():

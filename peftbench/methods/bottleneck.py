@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from peftbench.errors import UserError
 from peftbench.methods.base import HiddenDelta, require
 from peftbench.models.roles import Site, find_sites
 
@@ -117,12 +118,17 @@ def stream_sites(model: nn.Module, roles: Sequence[str]) -> list[Site]:
     """Return the hidden sites of these sublayers with the residual stream x as their input.
 
     Where the sublayer's norm comes first, x is what enters that norm; otherwise it is what enters the sublayer.
+
+    Raises:
+        UserError: the model's role table does not say which norm goes with a sublayer.
     """
     norms = {(s.layer, s.role.removeprefix("norm.")): s.module for s in find_sites(model, "norm")}
     post = post_norm(model)
     sites: list[Site] = []
     for site in sublayer_sites(model, roles):
-        norm = norms[site.layer, site.role]
+        norm = norms.get((site.layer, site.role))
+        if norm is None:
+            raise UserError(f"{site.name}: the role table of {type(model).__name__} has no norm.{site.role} beside it")
         fields = {f.name: getattr(site, f.name) for f in dataclasses.fields(site)}
         sites.append(StreamSite(**fields, norm=norm) if post else StreamSite(**{**fields, "source": norm}))
     return sites

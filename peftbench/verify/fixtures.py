@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from peftbench.errors import UserError, nearest
+from peftbench.errors import UserError
 from peftbench.methods.adapter import Adapter, attach, named_method
 from peftbench.verify import Parity
 from peftbench.verify.bench import Batch, Ours, largest, ratio, relative, same_names
@@ -95,9 +95,8 @@ def check(name: str, model_name: str) -> Parity:
         UserError: there is no such file, or the two sides do not train the same tensors.
     """
     if (name, model_name) not in cases():
-        known = [f"{method} on {model}" for method, model in cases()]
-        wanted = f"{name} on {model_name}"
-        raise UserError(f"verify: nothing kept for {wanted}{nearest(wanted, known)}; there is {', '.join(known)}")
+        models = ", ".join(model for method, model in cases() if method == name) or "no model"
+        raise UserError(f"verify: nothing kept for {name} on {model_name}; there is {name} on {models}")
     family = model_name.removeprefix("tiny-")
     tensors, about = _read(family)
     theirs, _ = _read(f"{name}-{family}")
