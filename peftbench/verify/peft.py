@@ -142,7 +142,7 @@ class Theirs:
             value.backward()
             optimizer.step()
             if hasattr(tuner, "update_and_allocate"):
-                tuner.update_and_allocate(step)
+                tuner.update_and_allocate(step + 1)
             losses.append(value.item())
         del inner.forward
         return losses
