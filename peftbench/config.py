@@ -17,6 +17,9 @@ POOLINGS = ("mean", "first", "last", "pooler")
 HEADS = ("linear", "mlp")
 WEIGHTS = ("pretrained", "random")
 ATTENTIONS = ("sdpa", "eager")
+QUANTIZATIONS = tuple(
+    kind + single + backend for kind in ("nf4", "fp4") for single in ("", "-single") for backend in ("", "-bnb")
+)
 SCHEDULES = ("linear", "constant", "cosine")
 PRECISIONS = ("fp32", "bf16")
 PROTOCOLS = ("held_out", "paper")
@@ -56,6 +59,8 @@ class ModelConfig:
     `architecture` holds the keyword arguments of the `transformers` config, `model_type` included: enough to build the
     model without any file. `package` names an installed distribution that carries the weights: ``distribution``,
     ``module``, ``folder`` and ``sha256`` of its model.safetensors. `local` is a folder's name under PEFTBENCH_MODELS.
+    `quantization` keeps the base's linear layers in 4 bits: `nf4` or `fp4`, with quantized scales unless `-single`
+    follows, through bitsandbytes if `-bnb` does.
     """
 
     name: str
@@ -82,7 +87,7 @@ class ModelConfig:
         one_of("model.weights", self.weights, WEIGHTS)
         one_of("model.attention", self.attention, ATTENTIONS)
         if self.quantization is not None:
-            raise UserError(f"model.quantization={self.quantization}: no quantized base is available; expected null")
+            one_of("model.quantization", self.quantization, QUANTIZATIONS)
         if self.weights == "random" and self.architecture is None and self.checkpoint is None:
             raise UserError(
                 f"model.weights=random: {self.name!r} gives neither model.architecture nor model.checkpoint"

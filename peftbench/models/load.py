@@ -28,7 +28,9 @@ from transformers.utils import logging as transformers_logging
 
 from peftbench.config import ModelConfig
 from peftbench.errors import UserError
+from peftbench.models import streaming
 from peftbench.models import tokenizer as builtin
+from peftbench.models.quantized import Scheme, backend, quantize
 from peftbench.models.source import Source, locate, tokenizer_folder
 
 logger = logging.getLogger(__name__)
@@ -57,17 +59,22 @@ def load(
 ) -> Backbone:
     """Load a backbone: without a task head for formulation "head", with its language-model head for "text".
 
-    Of a seq2seq model "head" takes the encoder alone. Every parameter is frozen and the key-value cache off.
+    Of a seq2seq model "head" takes the encoder alone. Every parameter is frozen and the key-value cache off. With
+    `model.quantization` the linear layers (not the language-model head) are quantized as `dtype` holds them, one by
+    one, each on `device`; only small random models and GGUF files are dense on the CPU before.
     Raises UserError if the model cannot be had or cannot do what the formulation asks.
     """
     source = locate(config)
     hf_config = _hf_config(config, source)
     kind = _kind(config, hf_config)
     auto = _auto_class(config, kind, formulation)
+    scheme = _scheme(config)
+    if scheme is not None:
+        backend(scheme.backend)
     if source.kind == "random":
-        model = _random(config, hf_config, auto, dtype, torch.device(device))
+        model = _random(config, hf_config, auto, dtype, torch.device(device), scheme)
     else:
-        model = _load_weights(config, source, hf_config, auto, dtype)
+        model = _load_weights(config, source, hf_config, auto, dtype, torch.device(device), scheme)
     _freeze(model)
     tokenizer = _tokenizer(config, source, kind, hf_config)
     model.to(device)  # type: ignore[arg-type]
@@ -86,8 +93,15 @@ def build_meta(config: ModelConfig, formulation: str) -> PreTrainedModel:
     auto = _auto_class(config, _kind(config, hf_config), formulation)
     with torch.device("meta"):
         model = auto.from_config(hf_config, dtype=torch.float32, **_options(config, hf_config, auto))
+    scheme = _scheme(config)
+    if scheme is not None:
+        quantize(model, scheme)
     _freeze(model)
     return model
+
+
+def _scheme(config: ModelConfig) -> Scheme | None:
+    return None if config.quantization is None else Scheme.parse(config.quantization)
 
 
 def _freeze(model: PreTrainedModel) -> None:
@@ -188,14 +202,21 @@ def _options(config: ModelConfig, hf_config: PreTrainedConfig, auto: Any) -> dic
 
 
 def _random(
-    config: ModelConfig, hf_config: PreTrainedConfig, auto: Any, dtype: torch.dtype, device: torch.device
+    config: ModelConfig,
+    hf_config: PreTrainedConfig,
+    auto: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    scheme: Scheme | None,
 ) -> PreTrainedModel:
     """Random weights from a fixed seed; drawn in fp32 on the CPU they are alike on every machine and in every dtype.
 
     Models of more than `LARGE` parameters are drawn on the device and in the dtype they are meant for, because that
-    takes seconds instead of minutes: their weights differ between kinds of device.
+    takes seconds instead of minutes: their weights differ between kinds of device, and from those of a quantized model,
+    which are drawn layer by layer.
     """
     options = _options(config, hf_config, auto)
+    home = device
     with torch.device("meta"):
         large = auto.from_config(_from_architecture(config), **options).num_parameters() > LARGE
     if not large:
@@ -205,10 +226,17 @@ def _random(
             torch.cuda.manual_seed(SEED)
         # not torch.manual_seed, which also sets the generators of devices that are not put back here
         torch.default_generator.manual_seed(SEED)
+        if large and scheme is not None:
+            with torch.device("meta"):
+                model = auto.from_config(hf_config, dtype=dtype, **options)
+            streaming.draw(model, scheme, device)
+            return model
         model = auto.from_config(hf_config, dtype=dtype if large else torch.float32, **options)
     # only parameters: tables of rotary frequencies stay in fp32, as they do in a loaded checkpoint
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
+    if scheme is not None:
+        quantize(model, scheme, device=home)
     return model
 
 
@@ -227,9 +255,17 @@ def _quiet() -> Iterator[None]:
 
 
 def _load_weights(
-    config: ModelConfig, source: Source, hf_config: PreTrainedConfig, auto: Any, dtype: torch.dtype
+    config: ModelConfig,
+    source: Source,
+    hf_config: PreTrainedConfig,
+    auto: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    scheme: Scheme | None,
 ) -> PreTrainedModel:
     options = _options(config, hf_config, auto)
+    if scheme is not None and source.gguf_file is None:
+        options["quantization_config"] = streaming.OnTheFly(scheme, device)
     place = _place(config, source)
     try:
         # reading GGUF draws a progress bar that no setting turns off
@@ -248,6 +284,9 @@ def _load_weights(
             f"model {config.name!r}: {place} lacks {len(missing)} tensors of {type(model).__name__}, {missing[0]!r} "
             "first; they would be random. Expected a whole checkpoint of this architecture"
         )
+    if scheme is not None and source.gguf_file:
+        # transformers has no way to quantize what it reads from GGUF
+        quantize(model, scheme, device=device)
     return model
 
 

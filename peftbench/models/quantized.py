@@ -1,13 +1,13 @@
 """Frozen linear layers kept in 4 bits: the base model of QLoRA.
 
-    y = W̃ x + b,  W̃ = dequantize(codes, absmax)      made anew in the compute dtype whenever it is used, never kept
+    y = W' x + b,  W' = dequantize(codes, absmax)      made anew in the compute dtype whenever it is used, never kept
 
-Source: Dettmers et al. 2023, arXiv:2305.14314, section 3, eq. 5 and 6: blocks of 64 weights share a scale, and blocks of
-256 scales, less their mean, are kept in 8 bits (double quantization; the paper says 8-bit floats, its authors' code has
-the dynamic map). Blocks run along the rows of W [out, in].
+Source: Dettmers et al. 2023, arXiv:2305.14314, section 3, eq. 5 and 6: blocks of 64 weights share a scale, and blocks
+of 256 scales, less their mean, are kept in 8 bits (double quantization; the paper says 8-bit floats, its authors' code
+has the dynamic map). Blocks run along the rows of W [out, in].
 
-Merging replaces W̃ by a dense W̃ + ΔW until it is undone: exact up to the compute dtype, at the price of the dense
-matrix. Quantizing W̃ + ΔW again, as HF PEFT does, would change what the adapter learnt.
+Merging replaces W' by a dense W' + ΔW until it is undone: exact up to the compute dtype, at the price of the dense
+matrix. Quantizing W' + ΔW again, as HF PEFT does, would change what the adapter learnt.
 """
 
 from __future__ import annotations
@@ -162,11 +162,14 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("merged_bias", None, persistent=False)
 
     @classmethod
-    def of(cls, module: nn.Module, scheme: Scheme) -> QuantizedLinear:
-        """Quantize a linear layer on its own device; one on the meta device gives the shapes alone."""
+    def of(cls, module: nn.Module, scheme: Scheme, device: torch.device | None = None) -> QuantizedLinear:
+        """Quantize a linear layer on `device` (None: its own); one on the meta device gives the shapes alone."""
         weight = dense_of(module)
         bias: Any = module.bias
-        packed = _empty(weight.numel(), scheme) if weight.is_meta else backend(scheme.backend).pack(weight, scheme)
+        if weight.is_meta:
+            packed = _empty(weight.numel(), scheme)
+        else:
+            packed = backend(scheme.backend).pack(weight.to(device or weight.device), scheme)
         return cls(weight.shape[1], weight.shape[0], bias, scheme, packed)
 
     @property
@@ -226,7 +229,7 @@ class QuantizedLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """x W̃ᵀ + b with the gradient of x (and of b); the dense weight is made again for the backward pass."""
+    """x W'ᵀ + b with the gradient of x (and of b); the dense weight is made again for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, module: QuantizedLinear) -> Tensor:
@@ -265,10 +268,10 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module.train(model.training))
 
 
-def quantize(model: nn.Module, scheme: Scheme, under: str = "") -> None:
-    """Replace the body's linear layers whose names start with `under`, one by one, in place."""
+def quantize(model: nn.Module, scheme: Scheme, under: str = "", device: torch.device | None = None) -> None:
+    """Replace the body's linear layers whose names start with `under`, one by one, each on `device` (None: its own)."""
     for name in [n for n in body_linears(model) if n.startswith(under)]:
-        put(model, name, QuantizedLinear.of(model.get_submodule(name), scheme))
+        put(model, name, QuantizedLinear.of(model.get_submodule(name), scheme, device))
 
 
 def dense_parameter_count(model: nn.Module) -> int:
