@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from peftbench.methods.base import Card, LinearDelta, Method, RunDropout, Targets, Traits, require, uniform
+from peftbench.methods.lora import KEEPS_BASE, VARIANTS
 from peftbench.methods.peft_format import SiteFormat, fan_in_fan_out, refuse, same, target_modules, targets, transposed
 from peftbench.models.roles import Site, linear_sites
 
@@ -95,7 +96,8 @@ class DoraFormat(SiteFormat):
     }
 
     def matches(self, config: Mapping[str, Any]) -> bool:
-        return super().matches(config) and bool(config.get("use_dora"))
+        keeps = config.get("init_lora_weights") in KEEPS_BASE
+        return super().matches(config) and keeps and bool(config.get("use_dora"))
 
     def config(self, method: Dora, model: nn.Module, sites: Sequence[Site]) -> dict[str, Any]:
         return {
@@ -109,8 +111,7 @@ class DoraFormat(SiteFormat):
         }
 
     def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        refuse(config, bias="none", rank_pattern={}, alpha_pattern={}, lora_bias=False, target_parameters=None)
-        refuse(config, use_rslora=False)
+        refuse(config, use_rslora=False, **VARIANTS)
         return {
             "rank": config["r"],
             "alpha": float(config["lora_alpha"]),

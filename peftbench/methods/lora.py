@@ -56,14 +56,36 @@ class LoraDelta(LinearDelta):
         return (weight.float() + change).to(weight.dtype), bias
 
 
+VARIANTS: dict[str, Any] = {
+    "bias": "none",
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "lora_bias": False,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "layer_replication": None,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "velora_config": None,
+    "use_bdlora": None,
+    "use_qalora": False,
+}
+"""Keys of PEFT's LoRA that make another function of it, with the value that leaves it as it is."""
+KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Values of PEFT's `init_lora_weights` that leave the base's weights as they are."""
+
+
 class LoraFormat(SiteFormat):
-    """PEFT's LoRA without DoRA and without an initialisation of its own."""
+    """PEFT's LoRA without DoRA and without an initialisation that changes the base."""
 
     peft_type = "LORA"
     names = {"A": ("lora_A.weight", transposed, transposed), "B": ("lora_B.weight", transposed, transposed)}
 
     def matches(self, config: Mapping[str, Any]) -> bool:
-        return super().matches(config) and not config.get("use_dora")
+        keeps = config.get("init_lora_weights") in KEEPS_BASE
+        return super().matches(config) and keeps and not config.get("use_dora")
 
     def config(self, method: Lora, model: nn.Module, sites: Sequence[Site]) -> dict[str, Any]:
         return {
@@ -77,7 +99,7 @@ class LoraFormat(SiteFormat):
         }
 
     def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        refuse(config, bias="none", rank_pattern={}, alpha_pattern={}, lora_bias=False, target_parameters=None)
+        refuse(config, **VARIANTS)
         return {
             "rank": config["r"],
             "alpha": float(config["lora_alpha"]),
