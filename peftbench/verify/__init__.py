@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,13 +62,20 @@ class Parity:
 
 
 def source_sha256(name: str) -> str:
-    """Return a fingerprint of the code that computes the method `name`: its own file and the shared injection."""
-    digest = hashlib.sha256()
+    """Return a fingerprint of the code that computes the method `name`: its file and what that imports beside it."""
     folder = registry.PACKAGE / "methods"
-    module = registry.method_class(name).__module__.rpartition(".")[2]
-    for file in (folder / "base.py", folder / "sites.py", folder / f"{module}.py"):
-        if file.is_file():
-            digest.update(file.read_bytes())
+    pending = ["base", "sites", registry.method_class(name).__module__.rpartition(".")[2]]
+    files: dict[str, bytes] = {}
+    while pending:
+        module = pending.pop()
+        path = folder / f"{module}.py"
+        if module in files or not path.is_file():
+            continue
+        files[module] = path.read_bytes()
+        pending += [m.decode() for m in re.findall(rb"from peftbench\.methods\.(\w+) import", files[module])]
+    digest = hashlib.sha256()
+    for module in sorted(files):
+        digest.update(module.encode() + b"\0" + files[module])
     return digest.hexdigest()[:12]
 
 

@@ -18,7 +18,6 @@ REFERENCES = {
     "torch": "the base's own weights trained by torch.optim.AdamW",
 }
 """In order of preference; each is a module of this package with `check(method, model) -> Parity`."""
-FIXTURES = RESULTS.with_name("data") / "adapters"
 MODULES = {"peft": "peft", "adapters": "fixtures", "formula": "formulas", "torch": "native"}
 
 
@@ -35,21 +34,19 @@ def check_function(reference: str) -> Callable[[str, str], Parity]:
     return importlib.import_module(f"peftbench.verify.{MODULES[reference]}").check  # type: ignore[no-any-return]
 
 
-def references(name: str) -> list[str]:
-    """Return the references that hold the method `name`, best first."""
-    from peftbench.verify import formulas
+def references(name: str, model: str | None = None) -> list[str]:
+    """Return the references that hold the method `name` (on `model`, if one is given), best first."""
+    from peftbench.verify import fixtures, formulas
 
-    cls = registry.method_class(name)
     found = []
-    if cls.peft is not None:
+    if registry.method_class(name).peft is not None:
         found.append("peft")
-    if any(FIXTURES.glob(f"{name}-*.safetensors")):
+    if any(method == name and model in (None, on) for method, on in fixtures.cases()):
         found.append("adapters")
     if name in formulas.FORMULAS:
         found.append("formula")
-    if not found:
-        found.append("torch")
-    return found
+    own_weights = not found and not any(method == name for method, _ in fixtures.cases())
+    return [*found, "torch"] if own_weights else found
 
 
 def checks(names: Sequence[str], models: Sequence[str], against: str | None = None) -> Iterator[Parity]:
@@ -76,8 +73,9 @@ def checks(names: Sequence[str], models: Sequence[str], against: str | None = No
                 bench.chosen(name, bench.fresh(model), model)
             except UserError:
                 continue
-            for reference in known if against is None else [against]:
-                yield _checked(reference, name, model)
+            for reference in references(name, model):
+                if against in (None, reference):
+                    yield _checked(reference, name, model)
 
 
 def _checked(reference: str, name: str, model: str) -> Parity:

@@ -74,7 +74,9 @@ class Theirs:
     @torch.no_grad()
     def fill(self, tensors: dict[str, Tensor]) -> None:
         """Copy the tensors in; every one has its place and every trained parameter its tensor."""
-        own = {n.replace(".default", ""): t for n, t in [*self.model.named_parameters(), *self.model.named_buffers()]}
+        # Buffers that modules share go by every name they have.
+        buffers = self.model.named_buffers(remove_duplicate=False)
+        own = {n.replace(".default", ""): t for n, t in [*self.model.named_parameters(), *buffers]}
         for name, tensor in tensors.items():
             if name not in own:
                 raise UserError(f"PEFT has no tensor {name!r}")
