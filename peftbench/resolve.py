@@ -119,6 +119,11 @@ class Resolver:
         settings = {"name": option, "_target_": mapping["_target_"], **plain(as_dict(method))}
         return method, settings, mapping
 
+    def _with_tasks(self, method: Any, settings: dict[str, Any], count: int) -> tuple[Any, dict[str, Any], str | None]:
+        """Return method and settings for data that mixes `count` tasks, and a fingerprint of the files they name."""
+        method = method.with_tasks(count)
+        return method, {**settings, **plain(as_dict(method))}, method.fingerprint()
+
     def _task(self, option: str, values: tuple[tuple[str, Any], ...]) -> tuple[Any, dict[str, Any], str]:
         mapping = self._settings("task", option, values)
         task = registry.build_task(mapping)
@@ -167,8 +172,12 @@ class Resolver:
         in_range("seed", seed, 0, 2**31 - 1)
         task, task_settings, data = self._once(("task", parts["task"][2]), lambda: self._task(*parts["task"][:2]))
         self._once(("splits", parts["task"][2], protocol), lambda: self._splits(task, protocol))
+        method, method_settings, files = self._once(
+            ("tasks", parts["method"][2], task.num_tasks),
+            lambda: self._with_tasks(method, method_settings, task.num_tasks),
+        )
         self._once(
-            ("check", parts["model"][2], parts["method"][2], task.formulation),
+            ("check", parts["model"][2], parts["method"][2], task.formulation, task.num_tasks),
             lambda: self._check(config, method, task.formulation, parts["method"]),
         )
         return RunSpec(
@@ -189,7 +198,12 @@ class Resolver:
                 "engine": _engine_version(),
                 "method": method.version,
                 "device_kind": self.device_kind,
-                "task": {"num_labels": task.num_labels, "formulation": task.formulation},
+                "task": {
+                    "num_labels": task.num_labels,
+                    "formulation": task.formulation,
+                    **({"tasks": task.num_tasks} if task.num_tasks > 1 else {}),
+                },
+                **({} if files is None else {"method_files": files}),
             },
         )
 

@@ -288,7 +288,8 @@ def _fixed_batch(encoded: Encoded, rows: int, length: int, vocabulary: int) -> E
         else:
             widest = max(len(row) for row in encoded.labels)
             labels = [(row * widest)[:widest] for row in ids]
-    return Encoded(ids, types, targets, labels)
+    tasks = None if encoded.task_ids is None else [encoded.task_ids[i % len(encoded)] for i in range(rows)]
+    return Encoded(ids, types, targets, labels, tasks)
 
 
 def _matrices(model: nn.Module) -> list[nn.Parameter]:

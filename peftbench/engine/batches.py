@@ -87,7 +87,7 @@ class TokenTable:
     """An encoded split as padded tensors on the device, from which batches are gathered without host work.
 
     Columns: input_ids [n, L], lengths [n], optionally token_type_ids [n, L], targets [n], labels [n, L'] (−100: not
-    trained on).
+    trained on), task_ids [n].
     """
 
     def __init__(self, encoded: Encoded, pad_id: int, device: torch.device | str, *, left: bool = False) -> None:
@@ -98,6 +98,7 @@ class TokenTable:
         self.input_ids = self._pad(encoded.input_ids, pad_id)
         self.token_type_ids = None if encoded.token_type_ids is None else self._pad(encoded.token_type_ids, 0)
         self.targets = None if encoded.targets is None else torch.tensor(encoded.targets, device=self.device)
+        self.task_ids = None if encoded.task_ids is None else torch.tensor(encoded.task_ids, device=self.device)
         self.labels = None
         self.label_lengths: list[int] = []
         if encoded.labels is not None:
@@ -109,7 +110,7 @@ class TokenTable:
 
     def tensors(self) -> list[Tensor]:
         """Return the table's columns."""
-        columns = (self.input_ids, self._lengths, self.token_type_ids, self.targets, self.labels)
+        columns = (self.input_ids, self._lengths, self.token_type_ids, self.targets, self.labels, self.task_ids)
         return [c for c in columns if c is not None]
 
     def _pad(self, rows: Sequence[Sequence[int]], value: int) -> Tensor:
@@ -129,8 +130,8 @@ class TokenTable:
     def gather(self, items: np.ndarray, length: int) -> dict[str, Tensor]:
         """Return the batch of `items` (any shape, flattened to rows) padded to `length` tokens.
 
-        Keys: input_ids, attention_mask [rows, T]; where the split has them token_type_ids [rows, T], targets [rows],
-        labels.
+        Keys: input_ids, attention_mask [rows, T]; where the split has them token_type_ids [rows, T], targets and
+        task_ids [rows], labels.
         """
         index = torch.from_numpy(np.ascontiguousarray(items.reshape(-1)))
         if self.device.type == "cuda":
@@ -144,6 +145,8 @@ class TokenTable:
             batch["token_type_ids"] = self._cut(self.token_type_ids, index, length)
         if self.targets is not None:
             batch["targets"] = self.targets[index]
+        if self.task_ids is not None:
+            batch["task_ids"] = self.task_ids[index]
         if self.labels is not None:
             widest = max(self.label_lengths[i] for i in items.reshape(-1))
             # A decoder-only model's labels lie over its input; an encoder-decoder's are a sequence of their own.

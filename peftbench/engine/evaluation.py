@@ -119,6 +119,7 @@ class GenerationEvaluator(Evaluator):
 
     def _generate(self, batch: dict[str, Tensor]) -> Tensor:
         model: Any = self.objective.model
+        self.objective.condition(batch)
         tokens = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],

@@ -19,11 +19,13 @@ MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class Adapter(Protocol):
-    """What training needs of an adapter: its dropout's switch, its own loss term, and its turn after a step."""
+    """What training needs of an adapter: dropout's switch, its loss term, the rows' tasks, its turn after a step."""
 
     def train(self, mode: bool = True) -> Any: ...
 
     def penalty(self) -> Tensor | None: ...
+
+    def condition(self, tasks: Tensor | None) -> None: ...
 
     @property
     def watches_steps(self) -> bool: ...
@@ -50,6 +52,10 @@ class Objective(ABC):
     def parameters(self) -> list[nn.Parameter]:
         """Return trained parameters outside the adapter, each with a leading runs axis."""
         return []
+
+    def condition(self, batch: dict[str, Tensor]) -> None:
+        """Tell the adapter which task each row of the batch belongs to; before every forward pass."""
+        self.adapter.condition(batch.get("task_ids"))
 
     def train(self, mode: bool) -> None:
         """Switch dropout on or off."""
@@ -78,6 +84,7 @@ class HeadObjective(Objective):
 
     def outputs(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the head's outputs [R, B, C] in fp32."""
+        self.condition(batch)
         out: Any = self.model(**{k: batch[k] for k in MODEL_INPUTS if k in batch})
         pooled = pool(out.last_hidden_state, batch["attention_mask"], self.pooling, getattr(out, "pooler_output", None))
         with torch.autocast(pooled.device.type, enabled=False):
@@ -105,6 +112,7 @@ class TextObjective(Objective):
 
     def token_losses(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the cross-entropy of every label [rows, T], 0 where there is none."""
+        self.condition(batch)
         inputs = {k: batch[k] for k in MODEL_INPUTS if k in batch}
         labels = batch["labels"]
         if self.seq2seq:

@@ -290,6 +290,22 @@ class Method(ABC):
         """Return the settings with whatever depends on a tokenizer resolved."""
         return self
 
+    def with_tasks(self, count: int) -> Self:
+        """Return the settings for a data set that mixes `count` tasks (1: an ordinary one).
+
+        Raises:
+            UserError: the settings ask for another number.
+        """
+        return self
+
+    def fingerprint(self) -> str | None:
+        """Return a sha256 (hex) of the files that the settings name and the result depends on; None: of no file.
+
+        Raises:
+            UserError: a file is missing.
+        """
+        return None
+
     def check_site(self, site: Site) -> None:  # noqa: B027  most settings fit every site
         """Raise `UserError` if the settings do not fit `site`."""
 

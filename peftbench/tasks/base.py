@@ -40,13 +40,14 @@ class Encoded:
 
     `input_ids`, `token_type_ids` and causal `labels` have one list per row, of that row's length; seq2seq `labels` are
     the decoder's target ids. `targets` (head formulation) are classes or values; `labels` (text formulation) hold -100
-    where a token is not trained on.
+    where a token is not trained on. `task_ids` number each row's task from 0 where rows come from several.
     """
 
     input_ids: list[list[int]]
     token_type_ids: list[list[int]] | None = None
     targets: list[int] | list[float] | None = None
     labels: list[list[int]] | None = None
+    task_ids: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -108,6 +109,11 @@ class Task(ABC):
     @abstractmethod
     def num_labels(self) -> int:
         """1 for regression, the number of classes from 2 on, 0 for tasks without a head formulation."""
+
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks the rows come from; with more than one, `Encoded.task_ids` says which is whose."""
+        return 1
 
     @property
     def greater_is_better(self) -> bool:
