@@ -135,10 +135,12 @@ class Resolver:
         return all(found[split] for split in ("train", "validation", "test"))
 
     def _check(self, config: ModelConfig, method: Any, formulation: str, key: tuple[Any, ...]) -> bool:
+        from peftbench.methods.adapter import check_base
         from peftbench.models.load import build_meta
 
         meta = self._once(("meta", canonical(as_dict(config)), formulation), lambda: build_meta(config, formulation))
         try:
+            check_base(method, meta)
             method.check(meta)
         except UserError as error:
             raise UserError(f"model={config.name}, method={key[0]}: {error}") from error

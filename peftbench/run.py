@@ -28,6 +28,7 @@ from peftbench.methods.adapter import Adapter, attach, generator_for
 from peftbench.methods.base import Method, RunDropout
 from peftbench.models import attention, roles
 from peftbench.models.load import Backbone, load, set_dropout
+from peftbench.models.quantized import dense_parameter_count
 from peftbench.profiling.cost import Trial, measure
 from peftbench.record import RunRecord, RunSpec, profile_id
 from peftbench.store import Store
@@ -264,10 +265,10 @@ def _trial(alone: Setting, encoded: Encoded) -> Iterator[Trial]:
             length=length,
             adapter_parameters=own,
             head_parameters=own_head,
-            total_parameters=sum(p.numel() for p in model.parameters()) + own_head + (0 if trained else own),
+            total_parameters=dense_parameter_count(model) + own_head + (0 if trained else own),
             trained_matrices=sum(p.numel() for p in matrices if id(p) in trained)
             + sum(p[0].numel() for p in adapter.packed_parameters() if p.dim() > 2),
-            frozen_matrices=sum(p.numel() for p in matrices if id(p) not in trained),
+            frozen_matrices=sum(p.numel() for p in matrices if id(p) not in trained) + _quantized_weights(model),
             backward_through_base=bool(adapter.parameters()),
             checkpoint_bytes=adapter.checkpoint_bytes(),
             compute_dtype=torch.bfloat16 if alone.train.precision == "bf16" else torch.float32,
@@ -298,6 +299,11 @@ def _matrices(model: nn.Module) -> list[nn.Parameter]:
     tied = {id(p) for p in output.parameters()} if output is not None else set()
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()} - tied
     return [p for p in model.parameters() if p.dim() == 2 and id(p) not in tables]
+
+
+def _quantized_weights(model: nn.Module) -> int:
+    """Return how many weights of `model` are kept in 4 bits."""
+    return dense_parameter_count(model) - sum(p.numel() for p in model.parameters())
 
 
 def _cost(alone: Setting, store: Store, encoded: Encoded, listener: Listener) -> dict[str, Any]:
@@ -332,7 +338,7 @@ def _counts(alone: Setting) -> dict[str, Any]:
     with _assembled(alone) as assembly:
         own_head = 0 if assembly.head is None else assembly.head.parameter_count()
         own = assembly.adapter.parameter_count()
-        base = sum(p.numel() for p in assembly.backbone.model.parameters())
+        base = dense_parameter_count(assembly.backbone.model)
         return {
             "trainable_parameters": own + own_head,
             "adapter_parameters": own,

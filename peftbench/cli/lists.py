@@ -84,12 +84,12 @@ def methods(as_json: bool, as_markdown: bool = False) -> int:
 MARKDOWN_HEAD = """\
 # Methods
 
-Written by `python -m peftbench methods --markdown` from the methods' own declarations and the parity gate's kept results
-(`python -m peftbench verify --write`); not edited by hand.
+Written by `python -m peftbench methods --markdown` from the methods' own declarations and the parity gate's kept
+results (`python -m peftbench verify --write`); not edited by hand.
 
-D_in and D_out are the sides of an adapted linear map, D the model's width, r the rank, P virtual tokens, L layers. *Sites*
-are the kinds of place a method fills. *Packs*: several runs share one pass through the frozen base. *4 bits*: works on a
-base quantized to NF4 or FP4.
+D_in and D_out are the sides of an adapted linear map, D the model's width, r the rank, P virtual tokens, L layers.
+*Sites* are the kinds of place a method fills. *Packs*: several runs share one pass through the frozen base. *4 bits*:
+works on a base quantized to NF4 or FP4.
 
 | method | idea | equation | paper | sites | trained parameters | identity at init | merges | packs | 4 bits |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |

@@ -26,6 +26,7 @@ from peftbench.errors import UserError, nearest
 from peftbench.methods import peft_format
 from peftbench.methods.base import Delta, LinearDelta, Method, NormDelta, StepEnd, base_parameters
 from peftbench.methods.sites import Injection
+from peftbench.models.quantized import QuantizedLinear
 from peftbench.models.roles import Site, packable
 
 WEIGHTS_FILE = "adapter.safetensors"
@@ -55,6 +56,7 @@ class Adapter:
     def __init__(self, model: nn.Module, methods: Sequence[Method], seeds: Sequence[int]) -> None:
         first = methods[0]
         _check_pack(methods, model)
+        check_base(first, model)
         first_sites = first.sites(model)
         for method in methods:
             for site in first_sites:
@@ -356,7 +358,7 @@ def _merge_linear(site: Site, module: nn.Module, delta: LinearDelta, run: int) -
     rows = list(rows) if isinstance(rows, tuple) else rows
     dense = cast(Any, module).dense() if hasattr(module, "override") else None
     weight: Any = dense if dense is not None else module.weight.T if site.transposed else module.weight
-    bias: Any = module.bias
+    bias: Any = module.bias if dense is None else cast(Any, module).dense_bias()
     bias = bias.clone() if dense is not None and bias is not None else bias
     new_weight, new_bias = delta.merged(weight[rows], None if bias is None else bias[rows], run)
     weight[rows] = new_weight.to(weight.dtype)
@@ -366,6 +368,15 @@ def _merge_linear(site: Site, module: nn.Module, delta: LinearDelta, run: int) -
         bias[rows] = new_bias.to(bias.dtype)
     if dense is not None:
         cast(Any, module).override(weight, bias)
+
+
+def check_base(method: Method, model: nn.Module) -> None:
+    """Raise UserError if the base is stored in 4 bits and the method cannot work on one that is."""
+    if not method.traits.quantized_base and any(isinstance(m, QuantizedLinear) for m in model.modules()):
+        raise UserError(
+            f"{type(method).__name__} changes the base's own weights, which are quantized: "
+            "expected model.quantization=null"
+        )
 
 
 def _check_pack(methods: Sequence[Method], model: nn.Module) -> None:

@@ -22,7 +22,7 @@ from peftbench.models.roles import Site
 class FullFineTuning(Method):
     """Every parameter of the base trains."""
 
-    traits = Traits(sites=("weight",), mergeable=False, identity_at_init=True, packable=False)
+    traits = Traits(sites=("weight",), mergeable=False, identity_at_init=True, packable=False, quantized_base=False)
     card = Card(
         equation="θ = θ₀ + Δθ",
         paper="—",
