@@ -2,9 +2,9 @@
 
     y' = γ ⊙ y + β,    y = W x + b  or  y = w ⊙ norm(x) + b
 
-Source: Lian et al. 2022, arXiv:2210.08823, section 3.2; folding both into the map before them is its re-parameterisation
-(section 3.3). `targets` are the linear maps, all with a role by default; `norms` says whether the normalisations are
-taken too. The paper works on images and also treats the patch embedding, which has no counterpart here.
+Source: Lian et al. 2022, arXiv:2210.08823, section 3; folding both into the map before them is its
+re-parameterisation. `targets` are the linear maps, all with a role by default; `norms` says whether the normalisations
+are taken too. The paper works on images and also treats the patch embedding, which has no counterpart here.
 
 Deviation: γ starts at one and β at zero, so that a fresh adapter changes nothing; the authors' code adds noise of
 standard deviation 0.02 to both. A map or normalisation without bias (Llama's family, RMS norms) gets no β: there would
