@@ -20,7 +20,7 @@ Make = Callable[..., Tensor]
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, make: Make, x: Tensor, y: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.make = make
+        ctx.make, ctx.dtypes = make, (x.dtype, y.dtype)
         ctx.save_for_backward(x, *parameters)
         return torch.baddbmm(y, x, make(*parameters).to(x.dtype).transpose(1, 2))
 
@@ -33,11 +33,14 @@ class _Product(torch.autograd.Function):
                 p.detach().requires_grad_(needed) for p, needed in zip(saved, ctx.needs_input_grad[3:], strict=True)
             ]
             change = ctx.make(*leaves)
-        grad_x = grad @ change.detach().to(grad.dtype) if ctx.needs_input_grad[1] else None
-        grad_y = grad if ctx.needs_input_grad[2] else None
+        # Under autocast input, output and gradient may be of different types.
+        grad_x = (grad @ change.detach().to(grad.dtype)).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
+        grad_y = grad.to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
         trained = [leaf for leaf in leaves if leaf.requires_grad]
         found = iter(
-            torch.autograd.grad(change, trained, (grad.transpose(1, 2) @ x).to(change.dtype)) if trained else ()
+            torch.autograd.grad(change, trained, (grad.transpose(1, 2) @ x.to(grad.dtype)).to(change.dtype))
+            if trained
+            else ()
         )
         return None, grad_x, grad_y, *(next(found) if leaf.requires_grad else None for leaf in leaves)
 

@@ -3,7 +3,7 @@
     W' = W + (alpha / r) · (B₁ A₁) ∘ (B₂ A₂),    A: r×D_in, B: D_out×r
 
 Source: Hyeon-Woo, Ye-Bin and Oh 2022 (FedPara), arXiv:2108.06098, proposition 1, for changes of a frozen weight as in
-LyCORIS (Yeh et al. 2024, arXiv:2309.14859, section 3.2). A₂ is zero and the rest uniform within 1/√columns, HF PEFT's
+LyCORIS (Yeh et al. 2024, arXiv:2309.14859). A₂ is zero and the rest uniform within 1/√columns, HF PEFT's
 way. The elementwise product has no cheap factors: the change is one whole matrix a run and site, built anew in forward
 and backward and never kept (`dense_change`). Factors are stored transposed, A [r, D_in] and B [D_out, r], as the matrix
 needs them.

@@ -2,8 +2,8 @@
 
     W' = W + (alpha / r) · W₁ ⊗ W₂,    W₁: o₁×i₁,  W₂ = B₂ A₂: o₂×i₂ of rank r,  o₁ o₂ = D_out,  i₁ i₂ = D_in
 
-Source: Edalati et al. 2022 (KronA), arXiv:2212.10650, eq. 3, with the low-rank factor of LyCORIS (Yeh et al. 2024,
-arXiv:2309.14859, section 3.3). Each side D is split into the two divisors nearest √D, or with `factor` > 0 into
+Source: Edalati et al. 2022 (KronA), arXiv:2212.10650, with the low-rank factor of LyCORIS (Yeh et al. 2024,
+arXiv:2309.14859). Each side D is split into the two divisors nearest √D, or with `factor` > 0 into
 `factor` and the rest if it divides D, else at the largest divisor up to `factor`. W₂ stays whole where r is no less
 than half its longer side; W₁ is split too, as B₁ A₁, if `decompose_both` is on and r less than half its longer side.
 The product is never built: with x as [i₁, i₂] it is W₁ x W₂ᵀ, low-rank factors first.

@@ -53,3 +53,15 @@ def test_a_narrow_input_is_multiplied_in_its_own_type():
     out.float().square().sum().backward()
     assert out.dtype == torch.bfloat16
     assert a.grad.dtype == torch.float32
+
+
+def test_autocast_mixes_types():
+    x, y, a, b = (t.detach().float().requires_grad_(True) for t in arguments())
+    with torch.autocast("cpu", torch.bfloat16):
+        out = add_product(outer, x, y.bfloat16(), a, b)
+    out.float().square().sum().backward()
+    assert (out.dtype, x.grad.dtype, a.grad.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    narrow = a.grad.clone()
+    a.grad = None
+    add_product(outer, x, y, a, b).square().sum().backward()
+    torch.testing.assert_close(narrow, a.grad, rtol=0.05, atol=0.05)
