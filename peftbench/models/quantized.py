@@ -206,8 +206,9 @@ class QuantizedLinear(nn.Module):
         self.merged_weight = self.merged_bias = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
         bias = self.dense_bias()
         bias = None if bias is None else bias.to(x.dtype)
         if self.merged_weight is not None:

@@ -91,33 +91,41 @@ def draw(model: PreTrainedModel, scheme: Scheme, device: torch.device) -> None:
     The entries of its outermost lists of layers come one by one, each drawn and quantized before the next; then what
     is left. Numbers are drawn from the global generators.
     """
-    tied: dict[int, nn.Parameter] = {}
-    drawn: set[nn.Module] = set()
-    for name, layer in _layers(model):
-        drawn.update(layer.modules())
-        _draw(model, list(layer.modules()), device, tied)
+    # what is quantized must not be held here
+    places = [id(p) for m in model.modules() for p in m._parameters.values() if p is not None]
+    tied: dict[int, nn.Parameter | None] = {place: None for place in places if places.count(place) > 1}
+    layers = _layers(model)
+    for name in layers:
+        _draw(model, list(model.get_submodule(name).modules()), device, tied)
         quantize(model, scheme, under=f"{name}.")
-    drawn.update(m for m in model.modules() if isinstance(m, QuantizedLinear))
-    _draw(model, [m for m in model.modules() if m not in drawn], device, tied)
+    rest = [m for n, m in model.named_modules() if not any(f"{n}.".startswith(f"{layer}.") for layer in layers)]
+    _draw(model, rest, device, tied)
+    del rest
     quantize(model, scheme)
 
 
-def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _layers(model: nn.Module) -> list[str]:
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    return [(f"{name}.{child}", layer) for name in outer for child, layer in lists[name].named_children()]
+    return [f"{name}.{child}" for name in outer for child, _ in lists[name].named_children()]
 
 
 @torch.no_grad()
 def _draw(
-    model: PreTrainedModel, modules: list[nn.Module], device: torch.device, tied: dict[int, nn.Parameter]
+    model: PreTrainedModel, modules: list[nn.Module], device: torch.device, tied: dict[int, nn.Parameter | None]
 ) -> None:
     """Materialise and initialise modules on the meta device, parents first in the list; tied parameters stay tied."""
     for module in modules:
         for name, parameter in module._parameters.items():
-            if parameter is not None:
-                empty = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
-                module._parameters[name] = tied.setdefault(id(parameter), empty)
+            if parameter is None:
+                continue
+            place = id(parameter)
+            new = tied.get(place)
+            if new is None:
+                new = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+                if place in tied:
+                    tied[place] = new
+            module._parameters[name] = new
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty_like(buffer, device=device)
