@@ -3,15 +3,16 @@
     y = W x + b + (alpha / r) · B A x;    at a restart:  W ← W + (alpha / r) · B A,  A drawn anew,  B ← 0
 
 Source: Lialin et al. 2023, arXiv:2307.05695, algorithm 1 and section 3. `restarts` divide training into equal parts. At
-each, all but the largest entries of A's and B's moments are set to zero, each moment by its own size (`pruned` is the
-share that goes; 1 resets the optimizer), and the learning rate falls to zero and climbs back to its schedule over
-`restart_warmup` of a part: with a cosine schedule, the paper's jagged cosine. Factors are stored transposed, as LoRA's.
+each, A's and B's moments are set to zero but for the entries whose first moment is largest (`pruned` is the share that
+goes; 1 resets the optimizer), and the learning rate falls to zero and climbs back to its schedule over `restart_warmup`
+of a part: with a cosine schedule, the paper's jagged cosine. Factors are stored transposed, as in LoRA.
 
 The rewritten weights belong to the run, which therefore has the base to itself and keeps it in fp32: an update smaller
 than half a step of bf16 would vanish in the merge. They are saved with the adapter, beside the latest factors.
 
 Deviation: the paper pre-trains, begins with full-rank training and restarts every few thousand steps; fine-tuning has a
-trained W to begin with and fewer steps, so restarts are counted, and their warm-up is a share of the part.
+trained W to begin with and fewer steps, so restarts are counted, and their warm-up is a share of the part. The authors'
+code prunes either moment by its own size; a first moment that is left without its second then makes a step of any size.
 """
 
 from __future__ import annotations
@@ -82,11 +83,12 @@ def restart_steps(restarts: int, steps: int) -> tuple[int, ...]:
     return tuple(sorted({round(k * steps / parts) for k in range(1, parts)} - {0, steps}))
 
 
-def largest_kept(moment: Tensor, pruned: float) -> Tensor:
-    """Return `moment` with all but its largest entries zero; `pruned` is the share of those set to zero."""
-    flat = moment.flatten()
-    kept = flat.abs().topk(round((1 - pruned) * flat.numel())).indices
-    return torch.zeros_like(flat).scatter(0, kept, flat[kept]).view_as(moment)
+def pruned_moments(mean: Tensor, square: Tensor, pruned: float) -> tuple[Tensor, Tensor]:
+    """Return both moments with the share `pruned` of their entries zero: those with the smallest first moment."""
+    sizes = mean.abs().flatten()
+    kept = sizes.topk(round((1 - pruned) * len(sizes))).indices
+    mask = torch.zeros_like(sizes).scatter(0, kept, 1.0).view_as(mean)
+    return mean * mask, square * mask
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,7 @@ class Relora(Method):
             assert isinstance(delta, ReloraDelta)
             delta.restart(site)
             for parameter in (delta.A, delta.B):
-                mean, square = end.moments(parameter)
-                end.set_moments(parameter, largest_kept(mean, method.pruned), largest_kept(square, method.pruned))
+                end.set_moments(parameter, *pruned_moments(*end.moments(parameter), method.pruned))
 
     def count(self, site: Site) -> int:
         return self.rank * (site.in_features + site.out_features)
