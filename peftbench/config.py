@@ -181,6 +181,7 @@ class SweepConfig:
     pack: str | int = "auto"
     experiment: str | None = None
     retry_failed: bool = False
+    save_adapters: bool = False
 
     def __post_init__(self) -> None:
         in_range("seed", self.seed, 0, 2**31 - 1)

@@ -21,6 +21,7 @@ class Pack:
     specs: list[RunSpec]
     folder: str
     retry_failed: bool = False
+    save_adapters: bool = False
 
     def encode(self) -> str:
         """Return the pack as text that fits in a Hydra override."""
@@ -28,6 +29,7 @@ class Pack:
             "specs": [spec.to_dict() for spec in self.specs],
             "folder": self.folder,
             "retry_failed": self.retry_failed,
+            "save_adapters": self.save_adapters,
         }
         return base64.urlsafe_b64encode(zlib.compress(canonical(content).encode(), 9)).decode()
 
@@ -35,7 +37,8 @@ class Pack:
     def decode(cls, text: str) -> "Pack":
         """Rebuild a pack from `encode`."""
         content = json.loads(zlib.decompress(base64.urlsafe_b64decode(text)))
-        return cls([RunSpec.from_dict(s) for s in content["specs"]], content["folder"], content["retry_failed"])
+        specs = [RunSpec.from_dict(s) for s in content.pop("specs")]
+        return cls(specs, **content)
 
 
 _STOPPED: list[str] = []
@@ -68,4 +71,5 @@ def train(pack: Pack) -> dict[str, str]:
 
         listener = progress.current(len(specs))
         listener.pack(specs)
-        return {record.run_id: record.status for record in run_pack(list(specs), store, listener)}
+        records = run_pack(list(specs), store, listener, save_adapters=pack.save_adapters)
+        return {record.run_id: record.status for record in records}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import math
@@ -10,10 +11,12 @@ import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peftbench import environment, registry, verify
@@ -34,6 +37,8 @@ from peftbench.record import RunRecord, RunSpec, profile_id
 from peftbench.store import Store
 from peftbench.tasks.base import Encoded, Task
 
+HEAD_FILE = "head.safetensors"
+"""The task head beside a kept adapter."""
 EVALUATION_ROWS = 4096
 """Most rows of a pack that go through the model at once in an evaluation."""
 
@@ -202,7 +207,9 @@ def _assembled(setting: Setting) -> Iterator[Assembly]:
             objective: objectives.Objective
             if setting.task.formulation == "head":
                 head = _head(setting, backbone, seeds)
-                objective = objectives.HeadObjective(model, adapter, head, backbone.config.pooling)
+                objective = objectives.HeadObjective(
+                    model, adapter, head, backbone.config.pooling, setting.task.task_classes
+                )
             else:
                 objective = objectives.TextObjective(model, adapter, len(seeds), seq2seq=backbone.kind == "seq2seq")
             yield Assembly(setting, backbone, adapter, objective, head)
@@ -446,7 +453,13 @@ class Outcome:
     traces: list[dict[str, Any]]
 
 
-def _train(setting: Setting, splits: dict[str, list[dict[str, Any]]], encoded: Encoded, listener: Listener) -> Outcome:
+def _train(
+    setting: Setting,
+    splits: dict[str, list[dict[str, Any]]],
+    encoded: Encoded,
+    listener: Listener,
+    keep: Store | None = None,
+) -> Outcome:
     config = setting.train
     seeds = [s.seed for s in setting.specs]
     with _assembled(setting) as assembly:
@@ -509,7 +522,18 @@ def _train(setting: Setting, splits: dict[str, list[dict[str, Any]]], encoded: E
             else "gradient was no longer finite"
             for run, ok in enumerate(alive)
         ]
+        for run, ok in enumerate(alive):
+            if keep is not None and ok:
+                keep.write_adapter(setting.specs[run].run_id, functools.partial(_save, assembly, run))
         return Outcome(["completed" if ok else "diverged" for ok in alive], errors, qualities, traces)
+
+
+def _save(assembly: Assembly, run: int, folder: Path) -> None:
+    """Write one run's adapter, and its task head beside it."""
+    assembly.adapter.save(folder, run)
+    if assembly.head is not None:
+        tensors = {name: t.cpu().contiguous() for name, t in assembly.head.state_dict_of(run).items()}
+        save_file(tensors, folder / HEAD_FILE)
 
 
 def _tested(assembly: Assembly, rows: list[dict[str, Any]]) -> tuple[list[list[Any]], list[Any]]:
@@ -570,8 +594,12 @@ def measure_costs(specs: Sequence[RunSpec], store: Store, listener: Listener) ->
             _free(torch.device(spec.device))
 
 
-def run_pack(specs: Sequence[RunSpec], store: Store, listener: Listener) -> list[RunRecord]:
+def run_pack(
+    specs: Sequence[RunSpec], store: Store, listener: Listener, *, save_adapters: bool = False
+) -> list[RunRecord]:
     """Train the runs of one pack side by side, write a record for each, and return them.
+
+    With `save_adapters` the store keeps the parameters that each completed run was tested with.
 
     A pack that fails or runs out of memory gives records that say so; mistakes a user can mend are records too, since
     the rest of the sweep goes on. Only a full disk or an interrupt leaves without records.
@@ -585,7 +613,7 @@ def run_pack(specs: Sequence[RunSpec], store: Store, listener: Listener) -> list
         encoded = setting.task.encode(splits["train"], backbone.tokenizer, setting.max_length, backbone.kind)
         for run in range(len(specs)):
             costs[run] = _cost(setting.alone(run), store, encoded, listener)
-        outcome = _train(setting, splits, encoded, listener)
+        outcome = _train(setting, splits, encoded, listener, store if save_adapters else None)
     except torch.OutOfMemoryError as error:
         outcome = _failure("out_of_memory", specs, str(error).splitlines()[0])
     except UserError as error:

@@ -1,7 +1,8 @@
 """The only reader and writer of results: one file per run, written at once, never edited.
 
 Layout of `<results>/<sweep.name>/`: ``runs/<run_id>.json``, ``profiles/<profile_id>.json``, ``records.jsonl.gz`` (all
-records in one file, for keeping), ``locks/`` (who is training what; gone when nobody is), ``report/``.
+records in one file, for keeping), ``adapters/<run_id>/`` (if asked for), ``locks/`` (who is training what; gone when
+nobody is), ``report/``.
 """
 
 import contextlib
@@ -10,9 +11,10 @@ import fcntl
 import gzip
 import json
 import os
+import shutil
 import socket
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +180,27 @@ class Store:
         if present is not None and present["status"] in KEPT:
             return False
         return self._write(self.runs / f"{record.run_id}.json", record.to_dict(), replace=present is not None)
+
+    def adapter(self, run_id: str) -> Path:
+        """Return the folder that the run's trained adapter is in, if it was kept."""
+        return self.folder / "adapters" / run_id
+
+    def write_adapter(self, run_id: str, write: Callable[[Path], None]) -> None:
+        """Let `write` fill a folder, and put it in its place whole.
+
+        Raises UserError if the disk is full or the folder cannot be written.
+        """
+        path = self.adapter(run_id)
+        temporary = path.with_name(f".{run_id}.{uuid.uuid4().hex}.tmp")
+        try:
+            temporary.mkdir(parents=True)
+            write(temporary)
+            shutil.rmtree(path, ignore_errors=True)  # left by a run that never came to its record
+            os.rename(temporary, path)
+        except OSError as error:
+            raise _full(path, error) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def profile(self, profile_id: str) -> dict[str, Any] | None:
         """Return the kept profile, or None."""

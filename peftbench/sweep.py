@@ -86,8 +86,13 @@ def prepare(arguments: Sequence[str], single: bool = False) -> Prepared:
         raise UserError(f"run takes exactly one run, this makes {len(planned.specs)}; use sweep")
     store = Store(sweep_folder(config), config.retry_failed)
     wanted = [spec for spec in planned.specs if not store.has(spec.run_id)]
-    jobs = [Pack(pack, str(store.folder), config.retry_failed) for pack in planned.packs(wanted, config.pack)]
+    jobs = [
+        Pack(pack, str(store.folder), config.retry_failed, config.save_adapters)
+        for pack in planned.packs(wanted, config.pack)
+    ]
     lines = list(planned.lines)
+    if config.save_adapters:
+        lines += _without_adapter(store, planned.specs)
     done = len(planned.specs) - len(wanted)
     if not wanted:
         lines.append(f"all {done} runs are in {store.folder}: nothing to train")
@@ -97,6 +102,15 @@ def prepare(arguments: Sequence[str], single: bool = False) -> Prepared:
         _check_space(store.folder, len(wanted))
         store.prepare()
     return Prepared(store, planned, jobs, lines)
+
+
+def _without_adapter(store: Store, specs: Sequence[RunSpec]) -> list[str]:
+    """Return a line if runs were completed without keeping their adapters: they are not trained again for that."""
+    found = [spec.run_id for spec in specs if not store.adapter(spec.run_id).is_dir()]
+    done = [r for r in map(store.record, found) if r is not None and r["status"] == "completed"]
+    if not done:
+        return []
+    return [f"{len(done)} completed runs kept no adapter; another sweep.name trains them again and keeps theirs"]
 
 
 def measure_costs(prepared: Prepared, listener: Any) -> None:

@@ -79,7 +79,7 @@ def test_doctor_says_what_it_found(capsys):
 
 
 BAD = [
-    (["method=lora", "model.quantization=nf4"], "model.quantization=nf4: no quantized base is available"),
+    (["method=lora", "model.quantization=nf5"], "model.quantization=nf5: expected one of nf4, "),
     (["method=lorra"], "method=lorra: no such method; did you mean 'lora'?"),
     (["method=lora", "model=tiny-brt"], "did you mean 'tiny-bert'"),
     (["method=lora", "task=movie-review"], "did you mean 'movie-reviews'"),
@@ -184,7 +184,7 @@ def test_a_failed_run_is_a_record_and_the_sweep_goes_on(here, capsys, monkeypatc
 
     real = run.run_pack
 
-    def break_lora(specs, store, listener):
+    def break_lora(specs, store, listener, **options):
         if specs[0].method["name"] == "lora":
             monkeypatch.setattr(run, "_trial", None, raising=False)
             from tests.conftest import make_record
@@ -194,7 +194,7 @@ def test_a_failed_run_is_a_record_and_the_sweep_goes_on(here, capsys, monkeypatc
                 store.write(record)
                 listener.record(record)
             return made
-        return real(specs, store, listener)
+        return real(specs, store, listener, **options)
 
     monkeypatch.setattr(run, "run_pack", break_lora)
     arguments = ["sweep", *TINY, "method=lora,head"]

@@ -34,7 +34,7 @@ groups:    model=  method=  task=  train=  profile=     (python -m peftbench mod
 settings:  method.rank= method.alpha= ...  train.steps= train.epochs= train.batch_size= train.learning_rate=
            train.max_length= train.precision=fp32|bf16 train.dropout=<p>|null ...  seed=  protocol=held_out|paper
 the sweep: experiment=  results=<folder>  sweep.name=<name>  pack=auto|<n>  device=auto|cpu|cuda
-           retry_failed=true
+           retry_failed=true  save_adapters=true
 
 Records go to <results>/<sweep.name>/runs/<run_id>.json. Interrupt at any time; the same command resumes.
 exit code: 0 all runs completed, 1 some failed, 2 bad input, 130 interrupted"""
@@ -207,4 +207,6 @@ def run(arguments: Sequence[str], quiet: bool = False) -> int:
     code = _finish(outcome, quiet, report=False)
     for spec in outcome.specs:
         print(f"record: {outcome.store.runs / spec.run_id}.json")
+        if config.save_adapters and outcome.store.adapter(spec.run_id).is_dir():
+            print(f"adapter: {outcome.store.adapter(spec.run_id)}")
     return code

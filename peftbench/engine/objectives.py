@@ -7,6 +7,7 @@ gradient accumulation changes nothing. Nothing here waits for the device.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -64,12 +65,28 @@ class Objective(ABC):
 
 
 class HeadObjective(Objective):
-    """Cross-entropy over classes, or squared error where the head has one output, on a pooled representation."""
+    """Cross-entropy over classes, or squared error where the head has one output, on a pooled representation.
 
-    def __init__(self, model: nn.Module, adapter: Adapter, head: PackedHead, pooling: str) -> None:
+    Where rows come from several tasks, `classes` gives each task's in the head: a row is judged among its own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        head: PackedHead,
+        pooling: str,
+        classes: Sequence[range] | None = None,
+    ) -> None:
         super().__init__(model, head.runs, adapter)
         self.head = head
         self.pooling = pooling
+        self._others: Tensor | None = None
+        """Classes of other tasks [K, C]."""
+        if classes is not None:
+            every = range(classes[-1].stop)
+            others = [[c not in own for c in every] for own in classes]
+            self._others = torch.tensor(others, device=head.out.device)
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.head.parameters())
@@ -88,7 +105,11 @@ class HeadObjective(Objective):
         out: Any = self.model(**{k: batch[k] for k in MODEL_INPUTS if k in batch})
         pooled = pool(out.last_hidden_state, batch["attention_mask"], self.pooling, getattr(out, "pooler_output", None))
         with torch.autocast(pooled.device.type, enabled=False):
-            return self.head(pooled)
+            outputs: Tensor = self.head(pooled)
+        if self._others is None:
+            return outputs
+        others = self._others[batch["task_ids"]].reshape(outputs.shape)
+        return outputs.masked_fill(others, -torch.inf)
 
     def loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
         outputs = self.outputs(batch)

@@ -116,6 +116,11 @@ class Task(ABC):
         return 1
 
     @property
+    def task_classes(self) -> list[range] | None:
+        """Each task's classes in the head where rows come from several tasks; a row's answer is one of its own."""
+        return None
+
+    @property
     def greater_is_better(self) -> bool:
         """Whether a larger primary metric is the better one."""
         return True
