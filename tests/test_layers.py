@@ -22,7 +22,7 @@ ALLOWED = {
     "progress": {"record"},
     "kernels": {"errors"},
     "models": BASE,
-    "tasks": BASE,
+    "tasks": BASE | {"registry"},
     "methods": BASE | {"kernels", "models", "registry"},
     "engine": BASE | {"kernels", "methods.base", "methods.sites", "methods.adapter", "models", "tasks.base"},
     "profiling": BASE | {"engine", "methods.base", "methods.sites", "methods.adapter", "models", "tasks.base"},
