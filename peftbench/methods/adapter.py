@@ -358,7 +358,7 @@ def _merge_linear(site: Site, module: nn.Module, delta: LinearDelta, run: int) -
     rows = list(rows) if isinstance(rows, tuple) else rows
     dense = cast(Any, module).dense() if hasattr(module, "override") else None
     weight: Any = dense if dense is not None else module.weight.T if site.transposed else module.weight
-    bias: Any = module.bias if dense is None else cast(Any, module).dense_bias()
+    bias: Any = getattr(module, "bias", None) if dense is None else cast(Any, module).dense_bias()
     bias = bias.clone() if dense is not None and bias is not None else bias
     new_weight, new_bias = delta.merged(weight[rows], None if bias is None else bias[rows], run)
     weight[rows] = new_weight.to(weight.dtype)

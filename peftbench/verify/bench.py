@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from peftbench import registry
 from peftbench.config import ModelConfig, build
@@ -17,6 +18,7 @@ from peftbench.errors import UserError
 from peftbench.methods.adapter import Adapter, attach, named_method
 from peftbench.methods.base import Method
 from peftbench.models.load import load
+from peftbench.models.quantized import QuantizedLinear
 from peftbench.models.roles import linear_sites
 
 MODELS = ("tiny-bert", "tiny-gpt2", "tiny-llama", "minilm-l6")
@@ -38,11 +40,41 @@ class Batch:
     target_seed: int
 
 
-def fresh(name: str) -> nn.Module:
-    """Return the model, the same every time: with its language-model head for a decoder, without a head otherwise."""
-    config = build(ModelConfig, registry.section("model", name), "model")
+def fresh(name: str, method: str | None = None) -> nn.Module:
+    """Return the model, the same every time: with its language-model head for a decoder, without a head otherwise.
+
+    Its linear maps are kept in 4 bits where `method` requires that.
+    """
+    needs = registry.section("method", method).get("requires") or {} if method is not None else {}
+    changes = {k.removeprefix("model."): v for k, v in needs.items() if k.startswith("model.")}
+    config = build(ModelConfig, registry.section("model", name) | changes, "model")
     model: nn.Module = load(config, "text" if config.kind == "decoder" else "head").model
     return model.eval()
+
+
+def dense_twin(name: str, model: nn.Module) -> nn.Module:
+    """Return the model as an ordinary one, with the dense weights that `model` computes with."""
+    twin = fresh(name)
+    modules = dict(twin.named_modules())
+    with torch.no_grad():
+        for place, module in model.named_modules():
+            if isinstance(module, QuantizedLinear):
+                weight = cast(Tensor, modules[place].weight)
+                weight.copy_(module.dense().T if isinstance(modules[place], Conv1D) else module.dense())
+    return twin
+
+
+def weights(model: nn.Module, twin: nn.Module) -> dict[str, Tensor]:
+    """Return the weights that `model` computes with, by the names and in the layout of its dense twin."""
+    modules = dict(twin.named_modules())
+    found: dict[str, Tensor] = {name: p.detach() for name, p in model.named_parameters()}
+    for place, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            found[f"{place}.weight"] = module.dense().T if isinstance(modules[place], Conv1D) else module.dense()
+            bias = module.dense_bias()
+            if bias is not None:
+                found[f"{place}.bias"] = bias
+    return found
 
 
 def batches(model: nn.Module, count: int = 4) -> list[Batch]:
@@ -78,9 +110,9 @@ def chosen(name: str, model: nn.Module, model_name: str) -> Method:
         UserError: method and model do not go together.
     """
     method = named_method(name, {})
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"dropout": 0.0} if "dropout" in method.settings() else {}
     if model_name.startswith("tiny-"):
-        changes = {k: min(v, SMALL) for k, v in method.settings().items() if type(v) is int}
+        changes |= {k: min(v, SMALL) for k, v in method.settings().items() if type(v) is int}
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)
         if "Targets" in str(field.type) and value:
@@ -112,7 +144,7 @@ class Ours:
     @classmethod
     def of(cls, name: str, model_name: str) -> Ours:
         """Attach the method with disturbed weights."""
-        model = fresh(model_name)
+        model = fresh(model_name, name)
         method = chosen(name, model, model_name)
         adapter = attach(model, method, seeds=[7])
         disturbed(adapter)

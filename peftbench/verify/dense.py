@@ -96,6 +96,29 @@ def miss(method: Any, site: Site, weight: Tensor, bias: Tensor | None, own: Own)
     return torch.stack(columns, dim=1), bias
 
 
+def road(method: Any, site: Site, weight: Tensor, bias: Tensor | None, own: Own) -> Adapted:
+    """Return R W and R b, with the two-by-two matrix of every pair of outputs written into R entry by entry."""
+    width, group, angles = site.out_features, method.group_size, method.angles
+    half = group // 2
+    turn = torch.zeros(width, width)
+    for first in range(0, width, group):
+        for i in range(half):
+            at = first // 2 * angles + i
+            # For each entry of ((a, b), (c, d)): where its angle and its scale are kept.
+            a, b, c, d = {1: (0, 0, 0, 0), 2: (0, 0, half, half), 4: (0, group, group + half, half)}[angles]
+            rows, columns = (first + i, first + i + half), (first + i, first + i + half)
+            for row, column, offset, kind, sign in (
+                (rows[0], columns[0], a, torch.cos, 1),
+                (rows[0], columns[1], b, torch.sin, -1),
+                (rows[1], columns[0], c, torch.sin, 1),
+                (rows[1], columns[1], d, torch.cos, 1),
+            ):
+                unit = torch.zeros(width, width)
+                unit[row, column] = sign
+                turn = turn + own["alpha"][at + offset] * kind(own["theta"][at + offset]) * unit
+    return turn @ weight, None if bias is None else turn @ bias
+
+
 DENSE = {
     "layernorm": layernorm,
     "ssf": ssf,
@@ -105,4 +128,5 @@ DENSE = {
     "hra": hra,
     "hra_gs": hra_gs,
     "miss": miss,
+    "road": road,
 }

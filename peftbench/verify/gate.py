@@ -36,17 +36,17 @@ def check_function(reference: str) -> Callable[[str, str], Parity]:
 
 def references(name: str, model: str | None = None) -> list[str]:
     """Return the references that hold the method `name` (on `model`, if one is given), best first."""
-    from peftbench.verify import fixtures, formulas
+    from peftbench.verify import fixtures, formulas, peft
 
     found = []
-    if registry.method_class(name).peft is not None:
+    if registry.method_class(name).peft is not None and (model is None or peft.covers(name, model)):
         found.append("peft")
     if any(method == name and model in (None, on) for method, on in fixtures.cases()):
         found.append("adapters")
     if name in formulas.FORMULAS:
         found.append("formula")
-    own_weights = not found and not any(method == name for method, _ in fixtures.cases())
-    return [*found, "torch"] if own_weights else found
+    elsewhere = registry.method_class(name).peft is not None or any(method == name for method, _ in fixtures.cases())
+    return found if found or elsewhere else ["torch"]
 
 
 def checks(names: Sequence[str], models: Sequence[str], against: str | None = None) -> Iterator[Parity]:
@@ -70,7 +70,7 @@ def checks(names: Sequence[str], models: Sequence[str], against: str | None = No
                 raise UserError(f"--against {against}: it has no {name}; {', '.join(known)} has")
         for model in models:
             try:
-                bench.chosen(name, bench.fresh(model), model)
+                bench.chosen(name, bench.fresh(model, name), model)
             except UserError:
                 continue
             for reference in references(name, model):

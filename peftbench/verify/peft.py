@@ -22,6 +22,8 @@ from peftbench.verify.bench import (
     Batch,
     Ours,
     batches,
+    chosen,
+    dense_twin,
     fresh,
     largest,
     loss,
@@ -29,6 +31,7 @@ from peftbench.verify.bench import (
     ratio,
     relative,
     same_names,
+    weights,
 )
 
 
@@ -55,7 +58,7 @@ class Theirs:
         self.form: PeftFormat = form
         self.sites = ours.method.sites(ours.model)
         self.method = ours.method
-        base = fresh(model_name)
+        base = dense_twin(model_name, ours.model)
         config = form.config(ours.method, base, ours.method.sites(base)) | form.training(ours.method, STEPS)
         config["task_type"] = task_type(base)
         kinds: Any = peft.PEFT_TYPE_TO_CONFIG_MAPPING  # type: ignore[attr-defined]
@@ -65,6 +68,11 @@ class Theirs:
             self.model: Any = peft.get_peft_model(base, made)
         self.model.eval()
         self.fill(form.parameters(ours.method, self.sites, ours.state()))
+        # What is random and frozen here is frozen there, though PEFT may train it.
+        drawn = form.parameters(ours.method, self.sites, ours.adapter._drawn(0))
+        for name, parameter in self.named().items():
+            if name in drawn:
+                parameter.requires_grad_(False)
 
     def named(self) -> dict[str, nn.Parameter]:
         """Return PEFT's trained parameters by the names that the format uses."""
@@ -159,6 +167,20 @@ class Theirs:
         return found
 
 
+def covers(name: str, model_name: str) -> bool:
+    """Tell whether PEFT has the method with these settings on this model."""
+    model = fresh(model_name, name)
+    method = chosen(name, model, model_name)
+    if method.peft is None:
+        return False
+    try:
+        twin = dense_twin(model_name, model)
+        method.peft.config(method, twin, method.sites(twin))
+    except UserError:
+        return False
+    return True
+
+
 def check(name: str, model_name: str) -> Parity:
     """Compare the method `name` with PEFT's on one model.
 
@@ -185,7 +207,7 @@ def check(name: str, model_name: str) -> Parity:
         aside = copy.deepcopy(theirs.model)
         ours.adapter.merge()
         folded = theirs.merged()
-        mine = dict(ours.model.named_parameters())
+        mine = weights(ours.model, fresh(model_name))
         touched = sorted({f"{site.name}.{part}" for site in theirs.sites for part in ("weight", "bias")} & set(mine))
         merged = max(largest(mine[n], folded[n]) for n in touched)
         ours.adapter.unmerge()

@@ -32,8 +32,10 @@ def fresh(family: str, dtype: torch.dtype = torch.float32, formulation: str = "h
 
 
 def small(method: str, **changes: object) -> Method:
-    """Return a method with sizes that suit tiny models: every whole-number setting at most 4."""
-    settings = {k: min(v, 4) for k, v in named_method(method, {}).settings().items() if type(v) is int}
+    """Return a method with sizes that suit tiny models: every whole-number setting at most 4, no dropout."""
+    given = named_method(method, {}).settings()
+    settings = {k: min(v, 4) for k, v in given.items() if type(v) is int}
+    settings |= {"dropout": 0.0} if "dropout" in given else {}
     return named_method(method, {**settings, **changes})
 
 

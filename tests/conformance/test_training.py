@@ -28,6 +28,7 @@ def training(model: torch.nn.Module, chosen: Any, seeds: list[int], lr: float = 
     set_dropout(model, 0.0)
     adapter = peftbench.attach(model, chosen, runs=len(seeds), seeds=seeds)
     head = PackedHead("linear", model.config.hidden_size, 2, [generator_for("head", s) for s in seeds], 0.0)
+    head.to(model.device)
     objective = HeadObjective(model, adapter, head, "mean")
     optimizer = PackedAdamW(
         adapter.packed_parameters() + objective.parameters(),
@@ -41,10 +42,10 @@ def training(model: torch.nn.Module, chosen: Any, seeds: list[int], lr: float = 
     return adapter, objective, optimizer
 
 
-def table(items: int = 16) -> TokenTable:
+def table(device: str = "cpu", items: int = 16) -> TokenTable:
     """Return a small table of labelled random sequences."""
     ids = torch.randint(10, 60, (items, 7), generator=torch.Generator().manual_seed(3)).tolist()
-    return TokenTable(Encoded(ids, None, [i % 2 for i in range(items)], None), 0, torch.device("cpu"))
+    return TokenTable(Encoded(ids, None, [i % 2 for i in range(items)], None), 0, torch.device(device))
 
 
 @pytest.mark.parametrize("family", SOME)
@@ -129,3 +130,26 @@ def test_a_moved_adapter_computes_the_same_on_the_device(method: str, family: st
     adapter.to("cuda")
     found = hidden(model, {k: v.cuda() for k, v in batch(2).items()})
     torch.testing.assert_close(found.cpu(), want, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("family", SOME)
+@every_method
+def test_a_step_never_waits_for_the_device(method: str, family: str) -> None:
+    import numpy as np
+
+    model, chosen = fresh(family).cuda(), small(method)
+    fits(chosen, model)
+    seeds = [3, 8] if runs_share(chosen, family) else [3]
+    _, objective, optimizer = training(model, chosen, seeds)
+    rows, items = table("cuda"), PackedBatch(np.stack([np.arange(4) + i for i in range(len(seeds))]), 7, 0)
+    objective.train(True)
+    for _ in range(2):
+        train_step(objective, optimizer, rows, items)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(STEPS - 2):
+            train_step(objective, optimizer, rows, items)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
