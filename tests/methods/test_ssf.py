@@ -7,6 +7,7 @@ import peftbench
 from peftbench.errors import UserError
 from peftbench.methods.ssf import SSF
 from tests.conformance.conftest import batch, fresh, hidden
+from tests.methods.formulas import parity, stirred
 
 MODULES = {
     "tiny-bert": ("query", "key", "value", "dense", "LayerNorm"),
@@ -16,7 +17,7 @@ MODULES = {
 
 def by_hand(family):
     """Return a copy of the model and its scales and shifts by the adapter's names."""
-    model, trained = fresh(family), {}
+    model, trained = stirred(fresh(family)), {}
     for name, module in model.named_modules():
         if not name.endswith(MODULES[family]) or "pooler" in name:
             continue
@@ -34,7 +35,7 @@ def by_hand(family):
 
 @pytest.mark.parametrize("family", sorted(MODULES))
 def test_training_equals_scales_and_shifts_put_in_by_hand(family):
-    model = fresh(family)
+    model = stirred(fresh(family))
     plain, trained = by_hand(family)
     adapter = peftbench.attach(model, "ssf")
     assert set(adapter.state_dict()) == set(trained)
@@ -48,6 +49,11 @@ def test_training_equals_scales_and_shifts_put_in_by_hand(family):
     for name, found in adapter.state_dict().items():
         torch.testing.assert_close(found, trained[name].detach(), rtol=1e-4, atol=1e-5)
     assert max((t - torch.ones_like(t)).abs().max() for n, t in trained.items() if n.endswith("scale")) > 0.01
+
+
+@pytest.mark.parametrize("family", ["tiny-bert", "tiny-gpt2", "tiny-llama", "tiny-gemma3"])
+def test_it_equals_its_formula_on_dense_weights(family, monkeypatch):
+    assert parity(monkeypatch, "ssf", family).passed
 
 
 def test_settings_choose_the_sites():
