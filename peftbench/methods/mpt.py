@@ -74,8 +74,11 @@ class MultitaskPromptFormat(PeftFormat):
     peft_type = "MULTITASK_PROMPT_TUNING"
 
     def config(self, method: MultitaskPromptTuning, model: nn.Module, sites: Sequence[Site]) -> dict[str, Any]:
+        shared = prompt_config(model, method.length)
+        if shared["task_type"] == "FEATURE_EXTRACTION":
+            raise UserError("PEFT's models without a head never see the rows' tasks: save it with format='peftbench'")
         return {
-            **prompt_config(model, method.length),
+            **shared,
             "prompt_tuning_init": "RANDOM",
             "num_ranks": method.rank,
             "num_tasks": method.count_tasks,

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 
@@ -201,3 +202,30 @@ def test_peft_computes_the_same_for_every_task(task: int, tmp_path: Path) -> Non
     assert bench.largest(bench.outputs(model(**data.inputs), data), want) < 1e-5
     again = peftbench.load_adapter(bench.fresh("tiny-gpt2"), tmp_path)
     assert all(torch.equal(t, tensors(adapter)[name]) for name, t in tensors(again).items())
+
+
+def test_peft_computes_the_same_on_an_encoder_told_the_tasks() -> None:
+    """PEFT's forward for models without a head leaves the tasks out; its prompts are the same once it has them."""
+    model = bench.fresh("tiny-bert")
+    adapter = peftbench.attach(model, THREE)
+    disturb(adapter)
+    (data,), ids = bench.batches(model, 1), torch.tensor([2, 1, 0, 1])
+    adapter.condition(ids)
+    config = peft.MultitaskPromptTuningConfig(
+        task_type="FEATURE_EXTRACTION", num_virtual_tokens=4, num_ranks=2, num_tasks=3
+    )
+    reference = peft.get_peft_model(bench.fresh("tiny-bert"), config).eval()
+    own = MultitaskPromptTuning.peft.parameters(THREE, THREE.sites(model), adapter.state_dict())
+    for name, tensor in own.items():
+        place = name.replace("prompt_encoder.", "prompt_encoder.default.")
+        reference.get_parameter(place).data.copy_(tensor)
+    prompts = reference.get_prompt
+    reference.get_prompt = lambda batch_size: prompts(batch_size, ids)
+    assert (
+        bench.largest(bench.outputs(model(**data.inputs), data), bench.outputs(reference(**data.inputs), data)) < 1e-5
+    )
+
+
+def test_an_encoder_without_a_head_is_not_exported(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="never see the rows' tasks"):
+        peftbench.attach(fresh("tiny-bert"), THREE).save(tmp_path, format="peft")
