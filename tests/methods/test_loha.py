@@ -8,6 +8,8 @@ import torch
 import peftbench
 from peftbench.errors import UserError
 from peftbench.methods.loha import Loha
+from peftbench.verify import formulas
+from peftbench.verify.products import PRODUCTS
 from tests.conformance.conftest import batch, disturb, fresh
 
 
@@ -44,3 +46,10 @@ def test_peft_s_folder_is_refused_where_peft_has_no_such_layer(tmp_path):
     adapter = peftbench.attach(fresh("tiny-gpt2"), Loha(rank=2, targets=("attn.c_attn",)))
     with pytest.raises(UserError, match=r"nn\.Linear alone: h\.0\.attn\.c_attn is a Conv1D"):
         adapter.save(tmp_path, format="peft")
+
+
+@pytest.mark.parametrize("family", ["tiny-gpt2", "tiny-neox"])
+def test_where_peft_has_no_such_layer_the_formula_judges(monkeypatch, family):
+    monkeypatch.setitem(formulas.FORMULAS, "loha", PRODUCTS["loha"])
+    found = formulas.check("loha", family)
+    assert found.passed, found

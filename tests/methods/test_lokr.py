@@ -10,6 +10,8 @@ import torch
 import peftbench
 from peftbench.errors import UserError
 from peftbench.methods.lokr import Lokr, split
+from peftbench.verify import formulas
+from peftbench.verify.products import PRODUCTS
 from tests.conformance.conftest import disturb, fresh
 
 
@@ -67,3 +69,10 @@ def test_every_structure_computes_the_kronecker_product(family, settings, names)
 def test_a_factor_below_one_is_refused():
     with pytest.raises(UserError, match="factor=0: expected -1 or a whole number"):
         Lokr(factor=0)
+
+
+@pytest.mark.parametrize("family", ["tiny-gpt2", "tiny-neox"])
+def test_where_peft_has_no_such_layer_the_formula_judges(monkeypatch, family):
+    monkeypatch.setitem(formulas.FORMULAS, "lokr", PRODUCTS["lokr"])
+    found = formulas.check("lokr", family)
+    assert found.passed, found
