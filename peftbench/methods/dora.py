@@ -6,7 +6,7 @@
 Source: Liu et al. 2024, arXiv:2402.09353, eq. 5; the norm is a constant to the backward pass (section 4.3). The second
 line is the first without a dense V: the frozen product is there already, and the norm follows from the factors,
 
-    ‖V‖² = ‖W‖² + 2 s · Σ_k B ∘ (W Aᵀ) + s² · Σ_k B ∘ (B A Aᵀ),    s = alpha / r,
+    ‖V‖² = ‖W‖² + Σ_r s B ∘ (2 W Aᵀ + s B A Aᵀ),    s = alpha / r, Σ_r: over the rank,
 
 whose one large product W Aᵀ costs D_out·D_in·r a step, however many rows there are. It is taken in the precision that
 the pass computes with; all else about the norm is fp32. Factors are stored transposed, as in LoRA.
@@ -49,8 +49,10 @@ class DoraDelta(LinearDelta):
         self.stack("B", [torch.zeros(m.rank, site.out_features) for m in methods])
         norm = site.dense_weight().norm(dim=1)
         self.stack("magnitude", [norm] * self.runs)
-        # Squared from the rounded norm, so that its root is the fresh magnitude to the last bit and g is one.
-        self.register_buffer("square", norm.square(), persistent=False)
+        # Squared from the rounded norm: its root is the fresh magnitude to the last bit, and g is one. Above zero, for a row
+        # without weights.
+        square = norm.square().clamp(min=torch.finfo(torch.float32).tiny)
+        self.register_buffer("square", square, persistent=False)
         self.constant("scale", [m.alpha / m.rank for m in methods])
         self.dropout = RunDropout([m.dropout for m in methods])
 
@@ -58,15 +60,12 @@ class DoraDelta(LinearDelta):
     def norm(self, dtype: torch.dtype) -> Tensor:
         """Return ‖W + BA‖ per output feature, [R, D_out], with the product W A taken in `dtype`."""
         a, b = self.A, (self.B * self.scale).mT
-        weight = self.site.dense_weight(dtype)
-        # All runs in one product: [D_out, D_in] × [D_in, R·r].
-        crossed = weight @ a.to(dtype).transpose(0, 1).flatten(1)
-        crossed = crossed.float().unflatten(1, (self.runs, -1)).transpose(0, 1)
-        added = (b * (b @ (a.mT @ a))).sum(dim=2)
-        square = self.square + 2 * (b * crossed).sum(dim=2) + added
+        # W A for all runs in one product: [D_out, D_in] × [D_in, R·r].
+        image = self.site.dense_weight(dtype) @ a.to(dtype).transpose(0, 1).flatten(1)
+        image = image.float().unflatten(1, (self.runs, -1)).transpose(0, 1)
+        square = self.square + (b * torch.baddbmm(image, b, a.mT @ a, beta=2)).sum(dim=2)
         # Where BA cancels W, the difference has no digits left; this far down g stays bounded instead.
-        limits = torch.finfo(dtype)
-        return square.maximum(limits.eps * (self.square + added) + limits.tiny).sqrt()
+        return square.maximum(torch.finfo(dtype).eps * self.square).sqrt()
 
     def gain(self, dtype: torch.dtype) -> Tensor:
         """Return g − 1, [R, 1, D_out]; its distance from zero keeps its digits in half precision, g would not."""
