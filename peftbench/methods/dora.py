@@ -49,8 +49,8 @@ class DoraDelta(LinearDelta):
         self.stack("B", [torch.zeros(m.rank, site.out_features) for m in methods])
         norm = site.dense_weight().norm(dim=1)
         self.stack("magnitude", [norm] * self.runs)
-        # Squared from the rounded norm: its root is the fresh magnitude to the last bit, and g is one. Above zero, for a row
-        # without weights.
+        # Squared from the rounded norm: its root is the fresh magnitude to the last bit, and g is one. Above zero for a
+        # row without weights.
         square = norm.square().clamp(min=torch.finfo(torch.float32).tiny)
         self.register_buffer("square", square, persistent=False)
         self.constant("scale", [m.alpha / m.rank for m in methods])
