@@ -51,6 +51,21 @@ def matrix(name: str, shape: tuple[int, ...], device: str, dtype: torch.dtype = 
     return x.to(device, dtype)
 
 
+@pytest.fixture(autouse=True)
+def _not_compiled():
+    # bitsandbytes compiles what it has no kernel for, which takes longer than all of these tests
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def same_values(found: torch.Tensor, want: torch.Tensor, exact: torch.Tensor) -> bool:
+    """Whether the tensors are equal, but for fp16 on the CPU: there some of bitsandbytes' builds round ties upwards."""
+    if found.dtype != torch.float16 or found.device.type != "cpu":
+        return torch.equal(found, want)
+    tie = (found.double() - exact).abs() == (want.double() - exact).abs()
+    return found.dtype == want.dtype and bool(((found == want) | tie).all())
+
+
 NAMES = ("normal", "small", "outliers", "heavy", "zeros", "grid")
 
 
@@ -110,8 +125,9 @@ def test_codes_scales_and_values_are_bitsandbytes_own(name, kind, device):
         for compute in DTYPES:
             state.dtype = compute
             restored = dequantize_4bit(codes, absmax, kind, shape, compute)
+            exact = dequantize_4bit(codes, absmax, kind, shape, torch.float32).double()
             assert restored.dtype == compute
-            assert torch.equal(restored, functional.dequantize_4bit(want, state)), (shape, dtype, compute)
+            assert same_values(restored, functional.dequantize_4bit(want, state), exact), (shape, dtype, compute)
 
 
 @needs_bitsandbytes
@@ -150,14 +166,15 @@ def test_eight_bit_codes_are_bitsandbytes_own(device):
 @kinds
 @pytest.mark.parametrize("name", NAMES)
 def test_every_value_gets_a_nearest_code(name, kind, device):
+    # two codes may be equally near but for rounding; one boundary of FP4 on CUDA is 0.583333, not 7 / 12
+    slack = 2 * (7 / 12 - 0.583333) if (kind, device) == ("fp4", "cuda") else 2e-7
     for shape in SHAPES:
         x = matrix(name, shape, device).double()
         codes, absmax = quantize_4bit(x, kind)
         restored = dequantize_4bit(codes, absmax, kind, shape, torch.float32).double()
         scale = absmax.double().repeat_interleave(64)[: x.numel()].view(shape)
         distance = (x.unsqueeze(-1) - scale.unsqueeze(-1) * codebook(kind, device).double()).abs().amin(-1)
-        # two codes may be equally near but for rounding
-        assert ((x - restored).abs() <= distance + 2e-7 * scale).all()
+        assert ((x - restored).abs() <= distance + slack * scale).all()
         blocks = torch.nn.functional.pad(x.view(-1), (0, -x.numel() % 64)).view(-1, 64)
         torch.testing.assert_close(absmax.double(), blocks.abs().amax(1), rtol=1e-7, atol=1e-37)
 

@@ -9,7 +9,8 @@ be shorter. Two 4-bit codes share a byte, the first in the high half.
 Codes, scales and restored values are those of bitsandbytes 0.50 bit for bit, device by device (FP4's two zeros aside,
 which are both positive here). Its CPU and its CUDA kernels differ in how they take reciprocals, in the last digit of
 some boundaries between codes, in blocks of zeros, in FP4's zeros, and in the 8-bit map, which the CPU looks up on a
-grid of 2^16 points; each difference is followed and named below. Blocks whose largest value is subnormal are left out.
+grid of 2^16 points; each difference is followed and named below. Not followed are blocks whose largest value is
+subnormal, and ties in the last rounding to fp16, which its CPU library breaks by processor; here they go to even.
 """
 
 from __future__ import annotations
