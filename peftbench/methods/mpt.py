@@ -90,7 +90,8 @@ class MultitaskPromptFormat(PeftFormat):
     def tensors(
         self, method: MultitaskPromptTuning, sites: Sequence[Site], state: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        return {theirs: state[f"{sites[0].key}.{ours}"] for ours, theirs in NAMES.items()}
+        own = _bare(sites, state)
+        return {NAMES[ours]: tensor for ours, tensor in own.items()}
 
     def state(
         self, method: MultitaskPromptTuning, sites: Sequence[Site], tensors: Mapping[str, Tensor]
@@ -101,7 +102,11 @@ class MultitaskPromptFormat(PeftFormat):
         self, method: MultitaskPromptTuning, sites: Sequence[Site], state: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         live = {**NAMES, "shared": "embedding.weight"}
-        return {f"prompt_encoder.{theirs}": state[f"{sites[0].key}.{ours}"] for ours, theirs in live.items()}
+        return {f"prompt_encoder.{live[ours]}": tensor for ours, tensor in _bare(sites, state).items()}
+
+
+def _bare(sites: Sequence[Site], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{sites[0].key}."): tensor for name, tensor in state.items()}
 
 
 @dataclass(frozen=True)

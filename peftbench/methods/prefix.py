@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from peftbench.errors import UserError
 from peftbench.methods.base import AttentionDelta, Card, Delta, Method, Traits, normal, require, uniform
 from peftbench.methods.peft_format import PeftFormat
-from peftbench.methods.prompt import prompt_config, virtual_tokens
+from peftbench.methods.prompt import prompt_config, renamed, virtual_tokens
 from peftbench.models.roles import Site, find_sites, supports_attention_interface
 
 
@@ -124,6 +124,8 @@ class PrefixFormat(PeftFormat):
         return {"length": virtual_tokens(config), "reparameterization": "none"}
 
     def tensors(self, method: PrefixTuning, sites: Sequence[Site], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not state:
+            return {}
         if method.reparameterization == "none":
             parts = [state[f"{site.key}.{name}"].flatten(1) for site in sites for name in ("key", "value")]
             return {"prompt_embeddings": torch.cat(parts, dim=1)}
@@ -139,8 +141,8 @@ class PrefixFormat(PeftFormat):
         return {name: part.unflatten(1, heads) for name, part in zip(names, parts, strict=True)}
 
     def parameters(self, method: PrefixTuning, sites: Sequence[Site], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if method.reparameterization == "none":
-            return {"prompt_encoder.embedding.weight": self.tensors(method, sites, state)["prompt_embeddings"]}
+        if method.reparameterization == "none" or not state:
+            return renamed(self.tensors(method, sites, state))
         return {
             "prompt_encoder.embedding.weight": state["shared.embedding"],
             "prompt_encoder.transform.0.weight": state["shared.weight"].T,

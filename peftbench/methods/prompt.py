@@ -106,6 +106,11 @@ def virtual_tokens(config: Mapping[str, Any]) -> int:
     return int(config["num_virtual_tokens"])
 
 
+def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the file's prompt by the name of PEFT's live parameter."""
+    return {name.replace("prompt_embeddings", "prompt_encoder.embedding.weight"): t for name, t in tensors.items()}
+
+
 class PromptFormat(PeftFormat):
     """PEFT's prompt tuning; its P-tuning too, whose files hold only the prompt that the encoder has come to."""
 
@@ -121,13 +126,14 @@ class PromptFormat(PeftFormat):
         return {"length": virtual_tokens(config), "init": "random"}
 
     def tensors(self, method: Any, sites: Sequence[Site], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"prompt_embeddings": state[f"{sites[0].key}.prompt_embeddings"]}
+        own = f"{sites[0].key}.prompt_embeddings"
+        return {"prompt_embeddings": state[own]} if own in state else {}
 
     def state(self, method: Any, sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {f"{sites[0].key}.prompt_embeddings": t for name, t in tensors.items() if name == "prompt_embeddings"}
 
     def parameters(self, method: Any, sites: Sequence[Site], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {"prompt_encoder.embedding.weight": state[f"{sites[0].key}.prompt_embeddings"]}
+        return renamed(self.tensors(method, sites, state))
 
 
 @dataclass(frozen=True)

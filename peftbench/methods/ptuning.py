@@ -122,6 +122,8 @@ class PTuningFormat(PeftFormat):
 
     def tensors(self, method: PTuning, sites: Sequence[Site], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         own = {name: t.unsqueeze(0) for name, t in _bare(sites, state).items()}
+        if not own:
+            return {}
         return {"prompt_embeddings": virtual_tokens(own, nn.Identity())[0]}
 
     def state(self, method: PTuning, sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -129,6 +131,8 @@ class PTuningFormat(PeftFormat):
 
     def parameters(self, method: PTuning, sites: Sequence[Site], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         own = _bare(sites, state)
+        if not own:
+            return {}
         found = {"embedding.weight": own["embedding"]}
         for number in range(len(method.linears(sites[0].width))):
             found[f"mlp_head.{2 * number}.weight"] = own[f"weight_{number}"].T
