@@ -87,11 +87,6 @@ def require_bottleneck(size: int, activation: str) -> None:
     require(activation in ACTIVATIONS, "activation", activation, f"one of {', '.join(ACTIVATIONS)}")
 
 
-def require_narrow(size: int, site: Site) -> None:
-    """Raise `UserError` if the bottleneck is wider than the hidden site."""
-    require(size <= site.width, "bottleneck", size, f"at most {site.width}, the width")
-
-
 def count_bottleneck(size: int, site: Site) -> int:
     """Return the parameters of one run's bottleneck: two matrices and two biases."""
     return 2 * size * site.width + size + site.width

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from peftbench.methods.base import Card, Delta, HiddenDelta, Method, NormDelta, Traits, normal, require, uniform
-from peftbench.methods.bottleneck import ACTIVATIONS, bottleneck, require_bottleneck, require_narrow, sublayer_sites
+from peftbench.methods.bottleneck import ACTIVATIONS, bottleneck, require_bottleneck, sublayer_sites
 from peftbench.models.roles import Site, find_sites
 
 SUBLAYERS = ("attention", "mlp")
@@ -126,7 +126,6 @@ class Compacter(Method):
 
     def check_site(self, site: Site) -> None:
         if site.kind == "hidden":
-            require_narrow(self.bottleneck, site)
             require(site.width % self.n == 0, "n", self.n, f"a divisor of {site.width}, the width")
 
     @classmethod

@@ -23,7 +23,6 @@ from peftbench.methods.bottleneck import (
     BottleneckDelta,
     count_bottleneck,
     require_bottleneck,
-    require_narrow,
     sublayer_sites,
 )
 from peftbench.models.roles import Site, find_sites
@@ -69,10 +68,6 @@ class Houlsby(Method):
 
     def sites(self, model: nn.Module) -> list[Site]:
         return sublayer_sites(model, ("attention", "mlp")) + (find_sites(model, "norm") if self.norms else [])
-
-    def check_site(self, site: Site) -> None:
-        if site.kind == "hidden":
-            require_narrow(self.bottleneck, site)
 
     @classmethod
     def delta(cls, site: Site, methods: Sequence[Houlsby], generators: Sequence[torch.Generator]) -> Delta:

@@ -27,7 +27,6 @@ from peftbench.methods.bottleneck import (
     BottleneckDelta,
     count_bottleneck,
     require_bottleneck,
-    require_narrow,
     stream_sites,
 )
 from peftbench.models.roles import Site
@@ -67,9 +66,6 @@ class Parallel(Method):
 
     def sites(self, model: nn.Module) -> list[Site]:
         return stream_sites(model, ("mlp",))
-
-    def check_site(self, site: Site) -> None:
-        require_narrow(self.bottleneck, site)
 
     @classmethod
     def delta(cls, site: Site, methods: Sequence[Parallel], generators: Sequence[torch.Generator]) -> Delta:

@@ -29,7 +29,6 @@ from peftbench.methods.bottleneck import (
     StreamSite,
     count_bottleneck,
     require_bottleneck,
-    require_narrow,
     stream_sites,
 )
 from peftbench.models.roles import Site
@@ -75,9 +74,6 @@ class Pfeiffer(Method):
 
     def sites(self, model: nn.Module) -> list[Site]:
         return stream_sites(model, ("mlp",))
-
-    def check_site(self, site: Site) -> None:
-        require_narrow(self.bottleneck, site)
 
     @classmethod
     def delta(cls, site: Site, methods: Sequence[Pfeiffer], generators: Sequence[torch.Generator]) -> Delta:

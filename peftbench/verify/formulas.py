@@ -18,11 +18,12 @@ from peftbench.models.roles import Site
 from peftbench.verify import STEPS, Parity
 from peftbench.verify.bench import LEARNING_RATE, Batch, Ours, batches, fresh, largest, loss, outputs, ratio, relative
 from peftbench.verify.dense import DENSE
+from peftbench.verify.products import PRODUCTS
 
 Formula = Callable[[Any, Site, Tensor, "Tensor | None", dict[str, Tensor]], "tuple[Tensor, Tensor | None]"]
 """(method, site, W [out, in], b [out], the site's tensors) → the adapted (W', b')."""
 
-FORMULAS: dict[str, Formula] = dict(DENSE)
+FORMULAS: dict[str, Formula] = DENSE | PRODUCTS
 
 
 def check(name: str, model_name: str) -> Parity:

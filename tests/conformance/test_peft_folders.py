@@ -24,9 +24,9 @@ def saved(method: str, model_name: str, folder: Any) -> tuple[bench.Ours, Any]:
     """Save a disturbed adapter as PEFT's, with the task type a model of its kind has."""
     try:
         ours = bench.Ours.of(method, model_name)
+        ours.adapter.save(folder, format="peft")
     except UserError as error:
         pytest.skip(f"declared: {error}")
-    ours.adapter.save(folder, format="peft")
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text())
     return ours, config
