@@ -30,6 +30,12 @@ def ssf(method: Any, site: Site, weight: Tensor, bias: Tensor | None, own: Own) 
     return new, None if bias is None else own["scale"] * bias + own["shift"]
 
 
+def _matrix(size: int, places: list[tuple[int, int]], entries: Tensor) -> Tensor:
+    """Return the square matrix that has `entries` at `places` and is zero elsewhere."""
+    rows, columns = (torch.tensor(side) for side in zip(*places, strict=True))
+    return torch.zeros(size, size).index_put((rows, columns), entries)
+
+
 def _cayley(skew: Tensor) -> Tensor:
     eye = torch.eye(len(skew))
     return (eye - skew) @ torch.linalg.inv(eye + skew)
@@ -38,14 +44,10 @@ def _cayley(skew: Tensor) -> Tensor:
 def oft(method: Any, site: Site, weight: Tensor, bias: Tensor | None, own: Own) -> Adapted:
     """Return W Rᵀ for R = diag(R_1, …, R_K) that multiplies rows from the right."""
     size = method.block_size
+    places = [(i, j) for i in range(size) for j in range(i + 1, size)]
     blocks = []
     for entries in own["skew"]:
-        upper = torch.zeros(size, size)
-        places = [(i, j) for i in range(size) for j in range(i + 1, size)]
-        for (i, j), entry in zip(places, entries, strict=True):
-            unit = torch.zeros(size, size)
-            unit[i, j] = 1
-            upper = upper + entry * unit
+        upper = _matrix(size, places, entries)
         skew = upper - upper.T
         if method.neumann_terms:
             powers = [torch.linalg.matrix_power(skew, k) for k in range(method.neumann_terms - 1)]
@@ -100,22 +102,17 @@ def road(method: Any, site: Site, weight: Tensor, bias: Tensor | None, own: Own)
     """Return R W and R b, with the two-by-two matrix of every pair of outputs written into R entry by entry."""
     width, group, angles = site.out_features, method.group_size, method.angles
     half = group // 2
-    turn = torch.zeros(width, width)
+    cosines, sines = (own["alpha"] * own["theta"].cos(), own["alpha"] * own["theta"].sin())
+    # For each entry of ((a, b), (c, d)): where in its group its angle and its scale are kept.
+    a, b, c, d = {1: (0, 0, 0, 0), 2: (0, 0, half, half), 4: (0, group, group + half, half)}[angles]
+    places: list[tuple[int, int]] = []
+    entries: list[Tensor] = []
     for first in range(0, width, group):
-        for i in range(half):
-            at = first // 2 * angles + i
-            # For each entry of ((a, b), (c, d)): where its angle and its scale are kept.
-            a, b, c, d = {1: (0, 0, 0, 0), 2: (0, 0, half, half), 4: (0, group, group + half, half)}[angles]
-            rows, columns = (first + i, first + i + half), (first + i, first + i + half)
-            for row, column, offset, kind, sign in (
-                (rows[0], columns[0], a, torch.cos, 1),
-                (rows[0], columns[1], b, torch.sin, -1),
-                (rows[1], columns[0], c, torch.sin, 1),
-                (rows[1], columns[1], d, torch.cos, 1),
-            ):
-                unit = torch.zeros(width, width)
-                unit[row, column] = sign
-                turn = turn + own["alpha"][at + offset] * kind(own["theta"][at + offset]) * unit
+        for i in range(first, first + half):
+            at = first // 2 * angles + i - first
+            places += [(i, i), (i, i + half), (i + half, i), (i + half, i + half)]
+            entries += [cosines[at + a], -sines[at + b], sines[at + c], cosines[at + d]]
+    turn = _matrix(width, places, torch.stack(entries))
     return turn @ weight, None if bias is None else turn @ bias
 
 
