@@ -6,6 +6,7 @@ a whole matrix, and every inverse is taken.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ def road(method: Any, site: Site, weight: Tensor, bias: Tensor | None, own: Own)
     return turn @ weight, None if bias is None else turn @ bias
 
 
-DENSE = {
+DENSE: dict[str, Callable[[Any, Site, Tensor, "Tensor | None", Own], Adapted]] = {
     "layernorm": layernorm,
     "ssf": ssf,
     "oft": oft,
