@@ -185,7 +185,11 @@ class Assembly:
             epsilon=c.epsilon,
             ratios=self.adapter.rate_ratios() + even,
             keep_gradients=self.adapter.watches_steps,
-            base=self.setting.methods[0].base_optimizer(plain) if plain else None,
+            base=self.setting.methods[0].base_optimizer(
+                plain, (c.beta1, c.beta2), c.epsilon, self.setting.recipes[0].weight_decay
+            )
+            if plain
+            else None,
         )
 
 
@@ -350,7 +354,7 @@ def _counts(alone: Setting) -> dict[str, Any]:
             "trainable_parameters": own + own_head,
             "adapter_parameters": own,
             "head_parameters": own_head,
-            "total_parameters": base + own_head + (0 if alone.trains_base else own),
+            "total_parameters": base + own_head + (0 if assembly.adapter.trained else own),
             "checkpoint_bytes": assembly.adapter.checkpoint_bytes(),
         }
 

@@ -176,7 +176,8 @@ class Adapter:
         state = {f"{key}.{name}": t for key, delta in self.parts for name, t in delta.run_state(run).items()}
         if self.seeds[run] is None:
             state |= self._drawn(run)
-        return state | self._changed
+        # While a run is merged, what the method rewrote is kept aside.
+        return state | {name: self._unmerged.get(name, p) for name, p in self._changed.items()}
 
     def _drawn(self, run: int) -> dict[str, Tensor]:
         return {f"{key}.{name}": t for key, delta in self.parts for name, t in delta.run_drawn(run).items()}

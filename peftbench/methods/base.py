@@ -279,10 +279,17 @@ class Method(ABC):
         """Return the factor on the schedule's learning rate at `step` (from 0) of `steps`."""
         return 1.0
 
-    def base_optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer | None:
+    def base_optimizer(
+        self,
+        parameters: Sequence[nn.Parameter],
+        betas: tuple[float, float] = (0.9, 0.999),
+        epsilon: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> torch.optim.Optimizer | None:
         """Return an optimizer of this method's own for the base's trained parameters; None: AdamW.
 
-        Its groups' learning rates are set before every step, and gradients are finite and clipped when it is called.
+        Before every step its groups' learning rates are set (tensors of one element), gradients are clipped, and its
+        attribute `found_inf` is 1 where the run is no longer finite: the step must then change no parameter.
         """
         return None
 
