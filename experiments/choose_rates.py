@@ -51,6 +51,8 @@ def main() -> None:
                     print(f"left out: {method} on {task} finished on no rate")
                     continue
                 rest = {k: v for k, v in grid.items() if k != "task"}
+                own = (rates.get("per_method") or {}).get(method) or {}
+                rest |= {k: v for k, v in own.items() if k != "train.learning_rate"}
                 grids.append({"task": task, "method": method, "train.learning_rate": best[task, method], **rest})
     common = {k: v for k, v in rates["common"].items() if k != "method"} | {"seed": list(range(given.seeds))}
     known = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -476,7 +477,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Adapter:
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
         state = load_file(folder / WEIGHTS_FILE)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"{folder}: no readable adapter ({CONFIG_FILE} and {WEIGHTS_FILE} expected): {error}"
         ) from error

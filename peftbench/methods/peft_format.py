@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -208,7 +209,7 @@ def read(folder: Path, model: nn.Module) -> tuple[Method, dict[str, Tensor], dic
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
         tensors = load_file(folder / WEIGHTS_FILE)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"{folder}: no readable PEFT adapter ({CONFIG_FILE} and {WEIGHTS_FILE} expected): {error}"
         ) from error

@@ -117,7 +117,7 @@ def road(method: Any, site: Site, weight: Tensor, bias: Tensor | None, own: Own)
     return turn @ weight, None if bias is None else turn @ bias
 
 
-DENSE: dict[str, Callable[[Any, Site, Tensor, "Tensor | None", Own], Adapted]] = {
+DENSE: dict[str, Callable[[Any, Site, Tensor, Tensor | None, Own], Adapted]] = {
     "layernorm": layernorm,
     "ssf": ssf,
     "oft": oft,

@@ -134,7 +134,7 @@ class Theirs:
         """Train and return the losses, with whatever PEFT itself adds to a model's loss."""
         optimizer = self.optimizer()
         tuner = self.model.base_model
-        inner: Any = tuner.model if hasattr(tuner, "model") else tuner
+        inner: Any = self.model.get_base_model()
         forward: Callable[..., Any] = inner.forward
         current: list[Batch] = []
 
