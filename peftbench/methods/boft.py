@@ -10,8 +10,8 @@ width b. As in the authors' code, which PEFT's follows, all of A trains though o
 for every output trains beside the rotation; the bias is not scaled. No factor is ever written out: joining half-blocks
 swaps two axes of x. Where roles share a matrix the whole of it is adapted (see `rotation.py`).
 
-PEFT needs its CUDA extension for more than one factor and otherwise takes one whatever is asked for; here any device
-does.
+Deviation: PEFT takes more than one factor only where it can compile a CUDA extension of its own, and one elsewhere
+whatever is asked for. Here any device does; adapters of several factors are read from PEFT's folders but not written.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftbench.errors import UserError
 from peftbench.methods.base import Card, LinearDelta, Method, Targets, Traits, require
 from peftbench.methods.peft_format import refuse, same
 from peftbench.methods.rotation import RotationFormat, cayley_change, turned, whole_maps
@@ -80,7 +81,7 @@ class BoftDelta(LinearDelta):
 
 
 class BoftFormat(RotationFormat):
-    """PEFT's BOFT, with the scale as a column [D_out, 1]."""
+    """PEFT's BOFT, with the scale as a column [D_out, 1]; written with one factor alone, as PEFT has it everywhere."""
 
     peft_type = "BOFT"
     names = {
@@ -89,6 +90,8 @@ class BoftFormat(RotationFormat):
     }
 
     def config(self, method: BOFT, model: nn.Module, sites: Sequence[Site]) -> dict[str, Any]:
+        if method.factors > 1:
+            raise UserError(f"method.factors={method.factors}: PEFT needs its CUDA extension for several: expected 1")
         return super().config(method, model, sites) | {
             "boft_block_size": method.block_size,
             "boft_block_num": 0,

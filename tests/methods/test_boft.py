@@ -1,7 +1,10 @@
 """BOFT: products of butterfly factors are rotations, mix all features, and are the authors'."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import peftbench
 from peftbench.errors import UserError
@@ -72,6 +75,28 @@ def test_one_factor_is_peft_s_both_ways(family, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     peftbench.load_adapter(model, tmp_path / "theirs")
     torch.testing.assert_close(hidden(model, batch(3)), want, rtol=1e-5, atol=1e-5)
+
+
+def test_several_factors_are_read_from_peft_s_folders_but_not_written(tmp_path):
+    """A folder of PEFT's with its CUDA extension differs in the factor axis alone."""
+    from peftbench.methods.peft_format import PREFIX
+
+    model = fresh("tiny-bert")
+    adapter = peftbench.attach(model, BOFT(8, 2, targets=("query",)))
+    with pytest.raises(UserError, match="factors=2: PEFT needs its CUDA extension for several: expected 1"):
+        adapter.save(tmp_path / "refused", format="peft")
+    disturb(adapter)
+    want = hidden(model, batch(3))
+    form, method = BOFT.peft, adapter.methods[0]
+    tensors = form.tensors(method, method.sites(model), adapter.state_dict())
+    name = f"{PREFIX}encoder.layer.0.attention.self.query"
+    assert (tensors[f"{name}.boft_R"].shape, tensors[f"{name}.boft_s"].shape) == ((2, 4, 8, 8), (32, 1))
+    config = {"peft_type": "BOFT", "boft_block_size": 8, "boft_n_butterfly_factor": 2, "target_modules": ["query"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    adapter.detach()
+    peftbench.load_adapter(model, tmp_path)
+    torch.testing.assert_close(hidden(model, batch(3)), want)
 
 
 def test_sizes_that_do_not_fit_are_refused():
