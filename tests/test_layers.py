@@ -21,7 +21,7 @@ ALLOWED = {
     "environment": {"errors"},
     "progress": {"record"},
     "kernels": {"errors"},
-    "models": BASE,
+    "models": BASE | {"kernels"},
     "tasks": BASE | {"registry"},
     "methods": BASE | {"kernels", "models", "registry"},
     "engine": BASE | {"kernels", "methods.base", "methods.sites", "methods.adapter", "models", "tasks.base"},
