@@ -57,6 +57,7 @@ def parser() -> Parser:
         if name == "report":
             one.add_argument("folder", help="<results>/<sweep.name>")
             one.add_argument("--consolidate", action="store_true", help="also write all records to records.jsonl.gz")
+            one.add_argument("--slim", action="store_true", help="consolidate without items' scores and steps' losses")
     return top
 
 
@@ -78,7 +79,7 @@ def dispatch(arguments: Sequence[str]) -> int:
         work = sweep.sweep if given.command == "sweep" else sweep.run
         return work([*given.overrides, *rest], given.quiet)
     if given.command == "report":
-        return report.report(given.folder, given.consolidate)
+        return report.report(given.folder, given.consolidate, given.slim)
     if given.command == "verify":
         return verify.verify(given.methods, given.against, given.model, given.json, given.write)
     if given.command == "doctor":

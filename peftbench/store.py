@@ -75,6 +75,11 @@ def _alive(owner: dict[str, Any]) -> bool:
     return owner.get("started") is None or owner["started"] == _started(pid)
 
 
+def _slim(record: dict[str, Any]) -> dict[str, Any]:
+    quality = record.get("quality")
+    return record | {"trace": None, "quality": None if quality is None else {**quality, "items": {}}}
+
+
 class Store:
     """The records of one sweep in `folder`; `retry_failed` lets failed and out-of-memory runs count as absent."""
 
@@ -268,9 +273,13 @@ class Store:
             return None
         return owner if _alive(owner) else None
 
-    def consolidate(self) -> Path:
-        """Write all records into records.jsonl.gz, sorted by run id; equal records give equal bytes."""
-        records = self.records()
+    def consolidate(self, slim: bool = False) -> Path:
+        """Write all records into records.jsonl.gz, sorted by run id; equal records give equal bytes.
+
+        `slim` leaves out what takes the room, each item's scores and predictions and each step's loss: tables and
+        figures of metrics stay, paired tests on items do not.
+        """
+        records = [_slim(r) for r in self.records()] if slim else self.records()
         path = self.folder / "records.jsonl.gz"
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:

@@ -101,6 +101,21 @@ def test_consolidated_records_stand_for_the_files(tmp_path):
         Store(tmp_path).records()
 
 
+def test_slim_records_leave_out_items_and_losses_alone(tmp_path):
+    store = Store(tmp_path)
+    store.write(make_record(make_spec(seed=0)))
+    (whole,) = store.records()
+    store.consolidate(slim=True)
+    for path in store.runs.iterdir():
+        path.unlink()
+    (slim,) = Store(tmp_path).records()
+    assert slim["trace"] is None
+    assert slim["quality"]["items"] == {}
+    rest = [{k: v for k, v in r.items() if k not in ("trace", "quality")} for r in (slim, whole)]
+    assert rest[0] == rest[1]
+    assert {**slim["quality"], "items": 0} == {**whole["quality"], "items": 0}
+
+
 def test_claims_are_exclusive_and_given_back(store):
     with store.claim(["a", "b"]) as mine:
         assert mine == ["a", "b"]

@@ -14,8 +14,14 @@ examples:
   python -m peftbench report results/glue-minilm --consolidate"""
 
 
-def report(folder: str, consolidate: bool = False) -> int:
-    """Write and print the report; `consolidate` also writes one file of all records. UserError if there are none."""
+def report(folder: str, consolidate: bool = False, slim: bool = False) -> int:
+    """Write and print the report; `consolidate` also writes one file of all records, `slim` without items and traces.
+
+    Raises:
+        UserError: there are none, or `slim` is asked for alone.
+    """
+    if slim and not consolidate:
+        raise UserError("--slim says how to --consolidate: give both")
     path = Path(folder).expanduser()
     if not path.is_dir():
         beside = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
@@ -27,5 +33,5 @@ def report(folder: str, consolidate: bool = False) -> int:
     show(records)
     write_report(store)
     if consolidate:
-        print(f"records: {store.consolidate()}")
+        print(f"records: {store.consolidate(slim)}")
     return 0

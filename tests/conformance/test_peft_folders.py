@@ -16,7 +16,7 @@ from tests.conformance.conftest import METHODS
 
 peft: Any = pytest.importorskip("peft")
 HELD = [m for m in METHODS if registry.method_class(m).peft is not None]
-PLAIN = next(m for m in HELD if registry.method_class(m).peft.peft_type == "LORA")
+PLAIN = next(m for m in HELD if registry.method_class(m).peft.peft_type == peft.PeftType.LORA.value)
 MODELS = ["tiny-bert", "tiny-gpt2", "tiny-llama"]
 
 
