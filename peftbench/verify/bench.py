@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,16 @@ MODELS = ("tiny-bert", "tiny-gpt2", "tiny-llama", "minilm-l6")
 LEARNING_RATE = 1e-3
 TOKENS = 9
 ROWS = 4
+SEED = 7
+"""Of the adapter."""
 SMALL = 4
 """Whole-number settings are capped at this on tiny models."""
 NOISE = 0.05
 """Standard deviation of what is added to every fresh parameter, so that no factor is zero."""
+VECTOR_NOISE = 0.1
+"""Standard deviation of what is added to a random model's biases and norms."""
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -40,16 +46,29 @@ class Batch:
     target_seed: int
 
 
+@torch.no_grad()
+def stirred(model: M) -> M:
+    """Return the model with noise on its vectors: fresh biases are zero and fresh norms one, which hides mistakes.
+
+    A model kept in 4 bits has the same vectors in the same order as a dense one, and so gets the same noise.
+    """
+    generator = torch.Generator().manual_seed(11)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(VECTOR_NOISE * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 def fresh(name: str, method: str | None = None) -> nn.Module:
     """Return the model, the same every time: with its language-model head for a decoder, without a head otherwise.
 
-    Its linear maps are kept in 4 bits where `method` requires that.
+    Its linear maps are kept in 4 bits where `method` requires that. Random models are `stirred`.
     """
     needs = registry.section("method", method).get("requires") or {} if method is not None else {}
     changes = {k.removeprefix("model."): v for k, v in needs.items() if k.startswith("model.")}
     config = build(ModelConfig, registry.section("model", name) | changes, "model")
     model: nn.Module = load(config, "text" if config.kind == "decoder" else "head").model
-    return model.eval()
+    return (stirred(model) if name.startswith("tiny-") else model).eval()
 
 
 def dense_twin(name: str, model: nn.Module) -> nn.Module:
@@ -142,11 +161,11 @@ class Ours:
     method: Method
 
     @classmethod
-    def of(cls, name: str, model_name: str) -> Ours:
-        """Attach the method with disturbed weights."""
+    def of(cls, name: str, model_name: str, **changes: Any) -> Ours:
+        """Attach the method, with these settings changed, with disturbed weights."""
         model = fresh(model_name, name)
-        method = chosen(name, model, model_name)
-        adapter = attach(model, method, seeds=[7])
+        method = dataclasses.replace(chosen(name, model, model_name), **changes)
+        adapter = attach(model, method, seeds=[SEED])
         disturbed(adapter)
         return cls(model, adapter, method)
 
@@ -200,6 +219,26 @@ class Ours:
             losses.append(value.item())
         self.adapter.eval()
         return losses
+
+
+def plain_trace(
+    predict: Callable[[Batch], Tensor],
+    learning: Sequence[Tensor],
+    data: list[Batch],
+    steps: int,
+    update: Callable[[int], object],
+) -> list[float]:
+    """Return the losses of a reference that `predict`s and whose tensors `update` changes, given the step from 0."""
+    losses = []
+    for step in range(steps):
+        batch = data[step % len(data)]
+        for tensor in learning:
+            tensor.grad = None
+        value = loss(predict(batch), batch)
+        value.backward()  # type: ignore[no-untyped-call]
+        update(step)
+        losses.append(value.item())
+    return losses
 
 
 def largest(ours: Tensor, theirs: Tensor) -> float:

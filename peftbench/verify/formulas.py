@@ -6,6 +6,7 @@ batching; autograd through `torch.func.functional_call` on a copy of the model g
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,19 @@ from torch.func import functional_call
 from peftbench.errors import UserError
 from peftbench.models.roles import Site
 from peftbench.verify import STEPS, Parity
-from peftbench.verify.bench import LEARNING_RATE, Batch, Ours, batches, fresh, largest, loss, outputs, ratio, relative
+from peftbench.verify.bench import (
+    LEARNING_RATE,
+    Batch,
+    Ours,
+    batches,
+    fresh,
+    largest,
+    loss,
+    outputs,
+    plain_trace,
+    ratio,
+    relative,
+)
 from peftbench.verify.dense import DENSE
 from peftbench.verify.products import PRODUCTS
 
@@ -24,6 +37,77 @@ Formula = Callable[[Any, Site, Tensor, "Tensor | None", dict[str, Tensor]], "tup
 """(method, site, W [out, in], b [out], the site's tensors) → the adapted (W', b')."""
 
 FORMULAS: dict[str, Formula] = DENSE | PRODUCTS
+
+
+class Dense:
+    """A method's formula on a copy of the model: its tensors are leaves, its weights are computed from them.
+
+    Attributes:
+        modules: the copy's, by name; their weights are what the formula starts from.
+        sites: the method's.
+        leaves: the method's tensors by the names of `Ours.state`, those in `trained` with gradients.
+    """
+
+    def __init__(self, ours: Ours, model_name: str, formula: Formula) -> None:
+        self.model, self.method, self.formula = fresh(model_name), ours.method, formula
+        self.modules: dict[str, Any] = dict(self.model.named_modules())
+        self.sites = ours.method.sites(self.model)
+        self.trained = sorted(f"{key}.{n}" for key, delta in ours.adapter.parts for n in delta.run_state(0))
+        self.leaves = {k: v.clone().requires_grad_(k in self.trained) for k, v in ours.state().items()}
+
+    @property
+    def learning(self) -> list[Tensor]:
+        """The leaves that train."""
+        return [self.leaves[k] for k in self.trained]
+
+    def own(self, site: Site) -> dict[str, Tensor]:
+        """Return the leaves of a site by their own names."""
+        prefix = f"{site.key}."
+        return {k.removeprefix(prefix): v for k, v in self.leaves.items() if k.startswith(prefix)}
+
+    def adapted(self) -> dict[str, Tensor]:
+        """Return the weights and biases that the method changes, changed, by name and in the model's layout."""
+        changed: dict[str, Tensor] = {}
+        for site in self.sites:
+            module = self.modules[site.name]
+            weight = changed.get(f"{site.name}.weight", module.weight)
+            bias = changed.get(f"{site.name}.bias", getattr(module, "bias", None))
+            matrix = weight.T if site.transposed else weight
+            matrix, bias = self.formula(self.method, site, matrix, bias, self.own(site))
+            changed[f"{site.name}.weight"] = matrix.T if site.transposed else matrix
+            if bias is not None:
+                changed[f"{site.name}.bias"] = bias
+        return changed
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Return the outputs on a batch."""
+        return outputs(functional_call(self.model, self.adapted(), (), dict(batch.inputs)), batch)
+
+    def merged(self, ours: Ours) -> float:
+        """Return the largest difference from the weights that `ours` merges."""
+        ours.adapter.merge()
+        mine: dict[str, nn.Parameter] = dict(ours.model.named_parameters())
+        with torch.no_grad():
+            worst = max(largest(mine[k], v) for k, v in self.adapted().items())
+        ours.adapter.unmerge()
+        return worst
+
+    def compare(self, name: str, reference: str, model_name: str, ours: Ours, batch: Batch) -> Parity:
+        """Return all but the trace."""
+        with torch.no_grad():
+            deviation = largest(ours.outputs(batch), self.predict(batch))
+        loss(self.predict(batch), batch).backward()  # type: ignore[no-untyped-call]
+        leaves = {k: self.leaves[k] for k in self.trained}
+        theirs = {k: torch.zeros_like(t) if t.grad is None else t.grad for k, t in leaves.items()}
+        return Parity(
+            method=name,
+            reference=reference,
+            model=model_name,
+            outputs=deviation,
+            gradients=relative(ours.gradients(batch), theirs),
+            merged=self.merged(ours) if ours.method.traits.mergeable else None,
+            trainable=(ours.adapter.parameter_count(), sum(t.numel() for t in self.learning)),
+        )
 
 
 def check(name: str, model_name: str) -> Parity:
@@ -34,61 +118,10 @@ def check(name: str, model_name: str) -> Parity:
     """
     if name not in FORMULAS:
         raise UserError(f"verify: no formula for {name}")
-    formula = FORMULAS[name]
     ours = Ours.of(name, model_name)
-    reference = fresh(model_name)
-    state = {k: v.clone() for k, v in ours.state().items()}
-    trained = {k for key, delta in ours.adapter.parts for k in (f"{key}.{n}" for n in delta.run_state(0))}
-    leaves = {k: v.requires_grad_(k in trained) for k, v in state.items()}
-    modules = dict(reference.named_modules())
-    sites = ours.method.sites(reference)
-
-    def adapted() -> dict[str, Tensor]:
-        changed: dict[str, Tensor] = {}
-        for site in sites:
-            module = modules[site.name]
-            weight = changed.get(f"{site.name}.weight", module.weight)
-            bias = changed.get(f"{site.name}.bias", getattr(module, "bias", None))
-            own = {k.removeprefix(f"{site.key}."): v for k, v in leaves.items() if k.startswith(f"{site.key}.")}
-            matrix = weight.T if site.transposed else weight
-            matrix, bias = formula(ours.method, site, matrix, bias, own)
-            changed[f"{site.name}.weight"] = matrix.T if site.transposed else matrix
-            if bias is not None:
-                changed[f"{site.name}.bias"] = bias
-        return changed
-
-    def predict(batch: Batch) -> Tensor:
-        return outputs(functional_call(reference, adapted(), (), dict(batch.inputs)), batch)
-
+    dense = Dense(ours, model_name, FORMULAS[name])
     data = batches(ours.model)
-    with torch.no_grad():
-        deviation = largest(ours.outputs(data[0]), predict(data[0]))
-    loss(predict(data[0]), data[0]).backward()  # type: ignore[no-untyped-call]
-    learning = [leaves[k] for k in sorted(trained)]
-    theirs = {k: torch.zeros_like(leaves[k]) if leaves[k].grad is None else leaves[k].grad for k in trained}
-    gradients = relative(ours.gradients(data[0]), {k: g.clone() for k, g in theirs.items() if g is not None})
-    merged = None
-    if ours.method.traits.mergeable:
-        ours.adapter.merge()
-        with torch.no_grad():
-            mine: dict[str, nn.Parameter] = dict(ours.model.named_parameters())
-            merged = max(largest(mine[k], v) for k, v in adapted().items())
-        ours.adapter.unmerge()
-    losses = []
-    optimizer = torch.optim.AdamW(learning, lr=LEARNING_RATE, weight_decay=0.0)
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        value = loss(predict(data[step % len(data)]), data[step % len(data)])
-        value.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        losses.append(value.item())
-    return Parity(
-        method=name,
-        reference="formula",
-        model=model_name,
-        outputs=deviation,
-        gradients=gradients,
-        trace=ratio(ours.trace(data, STEPS), losses),
-        merged=merged,
-        trainable=(ours.adapter.parameter_count(), sum(leaf.numel() for leaf in learning)),
-    )
+    found = dense.compare(name, "formula", model_name, ours, data[0])
+    optimizer = torch.optim.AdamW(dense.learning, lr=LEARNING_RATE, weight_decay=0.0)
+    losses = plain_trace(dense.predict, dense.learning, data, STEPS, lambda step: optimizer.step())
+    return dataclasses.replace(found, trace=ratio(ours.trace(data, STEPS), losses))

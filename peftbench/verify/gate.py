@@ -15,10 +15,11 @@ REFERENCES = {
     "peft": "HF PEFT, given the same tensors through the method's PeftFormat",
     "adapters": "numbers written by the adapters library, kept beside the check",
     "formula": "the paper's formula on dense weights, one run, autograd",
+    "loop": "the paper's algorithm as a plain training loop",
     "torch": "the base's own weights trained by torch.optim.AdamW",
 }
 """In order of preference; each is a module of this package with `check(method, model) -> Parity`."""
-MODULES = {"peft": "peft", "adapters": "fixtures", "formula": "formulas", "torch": "native"}
+MODULES = {"peft": "peft", "adapters": "fixtures", "formula": "formulas", "loop": "loops", "torch": "native"}
 
 
 def check_function(reference: str) -> Callable[[str, str], Parity]:
@@ -36,7 +37,7 @@ def check_function(reference: str) -> Callable[[str, str], Parity]:
 
 def references(name: str, model: str | None = None) -> list[str]:
     """Return the references that hold the method `name` (on `model`, if one is given), best first."""
-    from peftbench.verify import fixtures, formulas, peft
+    from peftbench.verify import fixtures, formulas, loops, peft
 
     found = []
     if registry.method_class(name).peft is not None and (model is None or peft.covers(name, model)):
@@ -45,6 +46,8 @@ def references(name: str, model: str | None = None) -> list[str]:
         found.append("adapters")
     if name in formulas.FORMULAS:
         found.append("formula")
+    if name in loops.LOOPS:
+        found.append("loop")
     elsewhere = registry.method_class(name).peft is not None or any(method == name for method, _ in fixtures.cases())
     return found if found or elsewhere else ["torch"]
 

@@ -14,6 +14,7 @@ from peftbench.methods.adapter import named_method
 from peftbench.methods.base import Method
 from peftbench.models import roles
 from peftbench.models.load import load
+from peftbench.verify.bench import stirred
 
 FAMILIES = [name for name in registry.options("model") if name.startswith("tiny-")]
 METHODS = list(registry.options("method"))
@@ -27,8 +28,8 @@ def config(family: str) -> ModelConfig:
 
 
 def fresh(family: str, dtype: torch.dtype = torch.float32, formulation: str = "head") -> torch.nn.Module:
-    """Return a newly built model, the same every time."""
-    return load(config(family), formulation, dtype).model
+    """Return a newly built model, the same every time, whose biases and norms hide nothing."""
+    return stirred(load(config(family), formulation, dtype).model)
 
 
 def small(method: str, **changes: object) -> Method:

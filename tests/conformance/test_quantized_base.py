@@ -12,6 +12,7 @@ import peftbench
 from peftbench.errors import UserError
 from peftbench.models.load import load
 from peftbench.models.quantized import QuantizedLinear
+from peftbench.verify.bench import stirred
 from tests.conformance.conftest import METHODS, batch, config, disturb, fits, hidden, runs_share, small
 
 SOME = ["tiny-bert", "tiny-gpt2", "tiny-llama"]
@@ -20,8 +21,8 @@ every_method = pytest.mark.parametrize("method", METHODS)
 
 
 def quantized(family: str, kind: str = "nf4") -> torch.nn.Module:
-    """Return the tiny model in 4 bits."""
-    return load(dataclasses.replace(config(family), quantization=kind), "head").model
+    """Return `fresh`'s model in 4 bits."""
+    return stirred(load(dataclasses.replace(config(family), quantization=kind), "head").model)
 
 
 def placed(method: str, model: torch.nn.Module) -> Any:

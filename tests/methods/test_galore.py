@@ -1,4 +1,4 @@
-"""GaLore's optimizer against the authors' package and against AdamW; its state; runs that are no longer finite."""
+"""GaLore's optimizer against the authors' package, a plain loop and AdamW; its state; runs no longer finite."""
 
 import sys
 import types
@@ -10,7 +10,9 @@ from torch import nn
 import peftbench
 from peftbench.engine.optimizer import PackedAdamW, Recipe
 from peftbench.errors import UserError
+from peftbench.methods import galore
 from peftbench.methods.galore import Galore, ProjectedAdamW, leading_directions
+from peftbench.verify import loops
 from tests.conformance.conftest import batch, fresh, hidden
 
 SHAPES = [(12, 7), (7, 12), (9, 9), (3, 20), (11,)]
@@ -107,6 +109,25 @@ def test_training_is_the_authors_in_changing_subspaces_once_their_signs_follow_o
     assert not torch.allclose(one[-1][0], ours[-1][0], rtol=1e-3)
     # Whatever signs the library returns, nothing differs before the first change of subspace.
     torch.testing.assert_close(bare[5], ours[5], rtol=1e-4, atol=1e-6)
+
+
+def _kept(gradient, rank, before=None):
+    return leading_directions(gradient, rank) if before is None else before
+
+
+def _without_the_first(gradient, rank, before=None):
+    return leading_directions(gradient, rank + 1, None)[:, 1:]
+
+
+def _with_any_sign(gradient, rank, before=None):
+    return leading_directions(gradient, rank, None if before is None else -before)
+
+
+def test_training_is_the_plain_loop_s(monkeypatch):
+    assert loops.galore("galore", "tiny-gpt2").passed
+    for wrong in (_kept, _without_the_first, _with_any_sign):
+        monkeypatch.setattr(galore, "leading_directions", wrong)
+        assert not loops.galore("galore", "tiny-gpt2").passed, wrong
 
 
 @pytest.mark.parametrize("shape", [(12, 7), (9, 9), (5000, 6)])

@@ -1,6 +1,5 @@
-"""ReLoRA against a plain loop: LoRA by hand, AdamW of PyTorch, merged, drawn anew and pruned by hand."""
+"""ReLoRA against the gate's plain loop; restarts, pruning and rates by themselves; what is saved and taken off."""
 
-import dataclasses
 import math
 
 import pytest
@@ -10,9 +9,10 @@ from torch import nn
 import peftbench
 from peftbench.engine.optimizer import PackedAdamW, Recipe
 from peftbench.errors import UserError
-from peftbench.methods.adapter import generator_for
-from peftbench.methods.relora import Relora, pruned_moments, restart_steps
+from peftbench.methods import relora
+from peftbench.methods.relora import Relora, ReloraDelta, pruned_moments, restart_steps
 from peftbench.run import Selection
+from peftbench.verify import loops
 from tests.conformance.conftest import batch, fresh, hidden
 
 STEPS = 20
@@ -73,76 +73,26 @@ def trained(family: str, method: Relora, lr: float = 1e-2, seed: int = 3, steps:
     return model, adapter, losses
 
 
-class ByHand(nn.Module):
-    """A linear map with LoRA on some of its output features; nothing of the package."""
-
-    def __init__(self, module: nn.Module, rank: int, scale: float, rows: slice, conv1d: bool) -> None:
-        super().__init__()
-        weight = module.weight.detach()
-        self.weight = (weight.T if conv1d else weight).clone()
-        self.bias, self.rows, self.scale = module.bias.detach().clone(), rows, scale
-        self.a = nn.Parameter(torch.zeros(self.weight.shape[1], rank))
-        self.b = nn.Parameter(torch.zeros(rank, len(self.weight[rows])))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        change = torch.zeros_like(self.weight)
-        change[self.rows] = self.scale * (self.a @ self.b).T
-        return nn.functional.linear(x, self.weight + change, self.bias)
-
-    def draw(self, generator: torch.Generator) -> None:
-        bound = len(self.a) ** -0.5
-        self.a.data = torch.rand(self.a.shape, generator=generator) * 2 * bound - bound
-        self.b.data.zero_()
-
-
-def by_hand(family: str, method: Relora, lr: float = 1e-2, seed: int = 3) -> list[float]:
-    model = fresh(family)
-    conv1d = family == "tiny-gpt2"
-    maps: list[ByHand] = []
-    for site in method.sites(model):
-        parent, _, child = site.name.rpartition(".")
-        rows = site.columns if conv1d else slice(None)
-        maps.append(ByHand(site.module, method.rank, method.alpha / method.rank, rows, conv1d))
-        setattr(model.get_submodule(parent), child, maps[-1])
-    generator = generator_for("adapter", seed)
-    for one in maps:
-        one.draw(generator)
-    parameters = [p for one in maps for p in (one.a, one.b)]
-    # Each new A is another tensor to the optimizer unless its storage is written in place.
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.999), weight_decay=0.0)
-    part, begun = STEPS // (method.restarts + 1), 0
-    losses = []
-    for step in range(STEPS):
-        climb = min(1.0, (step - begun) / math.ceil(method.restart_warmup * part)) if begun else 1.0
-        optimizer.param_groups[0]["lr"] = lr * climb * 0.5 * (1 + math.cos(math.pi * step / STEPS))
-        optimizer.zero_grad()
-        loss = loss_of(model, step)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-        if (step + 1) % part == 0 and step + 1 < STEPS:
-            begun = step + 1
-            for one in maps:
-                one.weight[one.rows] += (one.scale * (one.a @ one.b).T).detach()
-                one.draw(generator)
-            for p in parameters:
-                state = optimizer.state[p]
-                size = state["exp_avg"].abs()
-                large = size > size.flatten().quantile(method.pruned)
-                state["exp_avg"], state["exp_avg_sq"] = state["exp_avg"] * large, state["exp_avg_sq"] * large
-    return losses
-
-
 @pytest.mark.parametrize("family", list(TARGETS))
 def test_training_is_the_plain_loop_s(family):
-    # A quarter of any factor's entries is a whole number, so that the quantile and the count keep the same ones.
-    method = Relora(rank=4, targets=TARGETS[family], restarts=3, restart_warmup=0.4, pruned=0.75)
-    _, _, losses = trained(family, method)
-    assert losses == pytest.approx(by_hand(family, method), rel=1e-4)
-    assert losses[-4] < losses[0]  # the same batch
-    # The comparison sees restarts: without them, or with other moments kept, training goes elsewhere.
-    for change in ({"restarts": 0}, {"pruned": 0.9}, {"restart_warmup": 0.2}):
-        assert trained(family, dataclasses.replace(method, **change))[2] != pytest.approx(losses, rel=1e-4)
+    found = loops.relora("relora", family, targets=TARGETS[family])
+    assert found.passed, found
+    assert set(found.deviations) == {"outputs", "gradients", "trace", "merged"}
+
+
+MISTAKES = [
+    (Relora, "rate_factor", lambda self, step, steps: 1.0),
+    (relora, "restart_steps", lambda restarts, steps: (4, 9, 14)),
+    (relora, "pruned_moments", lambda mean, square, pruned: (mean.clone(), square.clone())),
+    (relora, "pruned_moments", lambda mean, square, pruned: pruned_moments(mean, square, 0.8)),
+    (ReloraDelta, "restart", lambda self, site: None),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "wrong"), MISTAKES)
+def test_the_plain_loop_finds_mistakes(monkeypatch, owner, name, wrong):
+    monkeypatch.setattr(owner, name, wrong)
+    assert not loops.relora("relora", "tiny-bert").passed
 
 
 def test_a_restart_changes_the_weights_and_not_the_outputs():
