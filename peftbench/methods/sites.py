@@ -73,6 +73,8 @@ def _overrides(delta: LinearDelta, name: str) -> bool:
 
 def _linear(injection: Injection, site: Site, delta: LinearDelta) -> None:
     columns = site.columns if site.columns is None or isinstance(site.columns, slice) else list(site.columns)
+    if columns is not None and _overrides(delta, "before"):
+        raise UserError(f"{site.name}: its input serves other roles too: name the module in targets")
 
     def pre(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not injection.active:
