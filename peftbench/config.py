@@ -22,6 +22,7 @@ QUANTIZATIONS = tuple(
 )
 SCHEDULES = ("linear", "constant", "cosine")
 PRECISIONS = ("fp32", "bf16")
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit")
 PROTOCOLS = ("held_out", "paper")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -111,6 +112,7 @@ class TrainConfig:
     beta2: float = 0.999
     epsilon: float = 1e-8
     max_length: int | None = None
+    optimizer: str = "adamw"
     precision: str = "fp32"
     dropout: float | None = None
     accumulation: int = 1
@@ -131,6 +133,7 @@ class TrainConfig:
         in_range("train.beta2", self.beta2, 0, 1, open_high=True)
         in_range("train.epsilon", self.epsilon, 0, open_low=True)
         in_range("train.max_length", self.max_length, 4)
+        one_of("train.optimizer", self.optimizer, OPTIMIZERS)
         one_of("train.precision", self.precision, PRECISIONS)
         in_range("train.dropout", self.dropout, 0, 1, open_high=True)
         in_range("train.accumulation", self.accumulation, 1)

@@ -45,6 +45,21 @@ def file_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+]+", "-", name).strip("-.") or "unnamed"
 
 
+DEFAULT_OPTIMIZER = "adamw"
+
+
+def train_content(train: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a run's `train` section changes its result.
+
+    Epochs say nothing when steps are given, and the size of evaluation batches changes no metric. The default optimizer
+    goes without saying: sections written before there was a choice do not name it.
+    """
+    kept = {k: v for k, v in train.items() if k != "eval_batch_size" and (k, v) != ("optimizer", DEFAULT_OPTIMIZER)}
+    if kept.get("steps") is not None:
+        kept.pop("epochs", None)
+    return kept
+
+
 @dataclass(frozen=True)
 class RunSpec:
     """Everything that decides a run, resolved: no null learning rate or length, no interpolation.
@@ -65,18 +80,12 @@ class RunSpec:
 
     @property
     def content(self) -> dict[str, Any]:
-        """What the run id hashes: all that changes the result and nothing else.
-
-        Epochs say nothing when steps are given, and the size of evaluation batches changes no metric.
-        """
-        train = {k: v for k, v in self.train.items() if k != "eval_batch_size"}
-        if train.get("steps") is not None:
-            train.pop("epochs", None)
+        """What the run id hashes: all that changes the result and nothing else."""
         return {
             "model": self.model,
             "method": self.method,
             "task": self.task,
-            "train": train,
+            "train": train_content(self.train),
             "seed": self.seed,
             "protocol": self.protocol,
             "identity": self.identity,
@@ -110,12 +119,13 @@ def profile_id(spec: RunSpec, cost_free: Iterable[str]) -> str:
     """
     free = set(cost_free)
     train_keys = ("batch_size", "max_length", "precision", "accumulation", "checkpointing", "dropout")
+    named = {k: v for k, v in train_content(spec.train).items() if k == "optimizer"}
     return digest(
         {
             "model": spec.model,
             "method": {k: v for k, v in spec.method.items() if k not in free},
             "task": spec.identity.get("task", spec.task),
-            "train": {k: spec.train.get(k) for k in train_keys},
+            "train": {k: spec.train.get(k) for k in train_keys} | named,
             "device_kind": spec.identity.get("device_kind"),
             "engine": spec.identity.get("engine"),
             "method_version": spec.identity.get("method"),

@@ -9,7 +9,7 @@ from peftbench import environment, registry
 from peftbench.config import PROTOCOLS, ModelConfig, ProfileConfig, TrainConfig, as_dict, build, in_range, one_of
 from peftbench.errors import UserError, nearest
 from peftbench.plan import GROUPS, Demand, Point, as_grid, flatten, packs, points
-from peftbench.record import RunSpec, canonical, plain
+from peftbench.record import DEFAULT_OPTIMIZER, RunSpec, canonical, plain
 
 AUTO_PACK = {"cuda": 8, "cpu": 4}
 EXPERIMENT_KEYS = ("common", "grids", "per_method", "sweep", "question")
@@ -146,6 +146,21 @@ class Resolver:
             raise UserError(f"model={config.name}, method={key[0]}: {error}") from error
         return True
 
+    def _check_optimizer(self, optimizer: str, name: str, method: Any) -> bool:
+        """Raise UserError unless `optimizer` can run on this device, and with this method."""
+        import torch
+
+        from peftbench.engine import paging
+        from peftbench.methods.base import Method
+
+        if optimizer.startswith("paged_"):
+            paging.check(f"train.optimizer={optimizer}", torch.device(self.device))
+        if optimizer != DEFAULT_OPTIMIZER and type(method).base_optimizer is not Method.base_optimizer:
+            raise UserError(
+                f"train.optimizer={optimizer}: method {name} has an optimizer of its own; expected {DEFAULT_OPTIMIZER}"
+            )
+        return True
+
     # Points.
 
     def spec(self, point: Point) -> RunSpec:
@@ -181,6 +196,10 @@ class Resolver:
         self._once(
             ("check", parts["model"][2], parts["method"][2], task.formulation, task.num_tasks),
             lambda: self._check(config, method, task.formulation, parts["method"]),
+        )
+        self._once(
+            ("optimizer", train.optimizer, parts["method"][2]),
+            lambda: self._check_optimizer(train.optimizer, parts["method"][0], method),
         )
         return RunSpec(
             model=model,

@@ -25,6 +25,7 @@ from peftbench.engine import evaluation, objectives
 from peftbench.engine.batches import PackedBatch, TokenTable, make_buckets, packed_batches, steps_per_epoch
 from peftbench.engine.heads import PackedHead
 from peftbench.engine.loop import train, train_step
+from peftbench.engine.moments import Storage
 from peftbench.engine.optimizer import PackedAdamW, Recipe
 from peftbench.errors import UserError
 from peftbench.methods.adapter import Adapter, attach, generator_for
@@ -190,6 +191,7 @@ class Assembly:
             )
             if plain
             else None,
+            storage=Storage.parse(c.optimizer),
         )
 
 

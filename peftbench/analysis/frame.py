@@ -17,6 +17,7 @@ import pandas as pd
 
 from peftbench.analysis.statistics import gap, mean, std, summarize
 from peftbench.errors import UserError
+from peftbench.record import train_content
 
 Record = Mapping[str, Any]
 STATUSES = ("completed", "diverged", "out_of_memory", "failed")
@@ -99,11 +100,8 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def content(spec: Mapping[str, Any]) -> dict[str, Any]:
     """What the run id hashes, less the seed: equal for all seeds of one configuration (see `RunSpec.content`)."""
-    train = {key: value for key, value in (spec.get("train") or {}).items() if key != "eval_batch_size"}
-    if train.get("steps") is not None:
-        train.pop("epochs", None)
     kept = {key: spec.get(key) for key in ("model", "method", "task", "protocol", "identity")}
-    return {**kept, "train": train}
+    return {**kept, "train": train_content(spec.get("train") or {})}
 
 
 def frame(records: Sequence[Record]) -> pd.DataFrame:

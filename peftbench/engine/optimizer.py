@@ -4,6 +4,7 @@
 
 Source: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2. As is usual, vectors (biases, norms, scales) do not
 decay. A run whose loss or gradient is no longer finite is frozen where it stands; its neighbours never notice.
+The moments m and v are kept as `moments.Storage` says: in fp32 or in 8 bits, on the device or paged.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peftbench.engine.blockwise_adamw import BlockwiseAdamW
+from peftbench.engine.moments import Storage
 from peftbench.methods.base import StepEnd
 
 
@@ -73,6 +77,7 @@ class PackedAdamW:
         ratios: Sequence[Sequence[float]] | None = None,
         keep_gradients: bool = False,
         base: torch.optim.Optimizer | None = None,
+        storage: Storage | None = None,
     ) -> None:
         """Take the parameters over.
 
@@ -84,9 +89,16 @@ class PackedAdamW:
             ratios: a factor on the learning rate for each packed parameter and run.
             keep_gradients: keep each step's clipped gradient for `end`.
             base: an optimizer for `plain` in place of AdamW.
+            storage: how moments are kept; None: in fp32 on the device.
+
+        Raises:
+            UserError: memory cannot be paged where the parameters are.
         """
         if plain and len(recipes) > 1:
             raise ValueError("parameters without a runs axis need a pack of one")
+        self.storage = storage or Storage()
+        if base is not None and self.storage != Storage():
+            raise ValueError(f"{self.storage}: an optimizer of the method's own keeps its moments its own way")
         self.packed, self.plain, self.runs = list(packed), list(plain), len(recipes)
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
         device = (self.packed + self.plain)[0].device
@@ -108,20 +120,33 @@ class PackedAdamW:
                 {"params": [p for p in self.plain if p.dim() >= 2], "weight_decay": recipe.weight_decay},
                 {"params": [p for p in self.plain if p.dim() < 2], "weight_decay": 0.0},
             ]
-            self._fused = torch.optim.AdamW(
-                [g for g in groups if g["params"]],
-                lr=recipe.learning_rate,
-                betas=(beta1, beta2),
-                eps=epsilon,
-                fused=True,
+            self._fused = self._base_optimizer(
+                [g for g in groups if g["params"]], recipe.learning_rate, (beta1, beta2), epsilon
             )
+
+    def _base_optimizer(
+        self, groups: list[dict[str, Any]], rate: float, betas: tuple[float, float], epsilon: float
+    ) -> torch.optim.Optimizer:
+        if self.storage.eight_bits:
+            return BlockwiseAdamW(groups, self.storage, lr=rate, betas=betas, eps=epsilon)
+        optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, eps=epsilon, fused=True)
+        if self.storage.paged:
+            # PyTorch makes a parameter's state only where there is none
+            for p in self.plain:
+                mean, square = (self.storage.zeros(p.shape, p.dtype, p.device) for _ in range(2))
+                optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": mean, "exp_avg_sq": square}
+        return optimizer
 
     @torch.no_grad()
     def _flatten(
         self, recipes: Sequence[Recipe], device: torch.device, ratios: Sequence[Sequence[float]] | None
     ) -> None:
         sizes = [p[0].numel() for p in self.packed]
-        self.flat = torch.empty((self.runs, sum(sizes)), dtype=torch.float32, device=device)
+        # 8-bit moments come in whole blocks: columns at the end belong to no parameter
+        width = self.storage.width(sum(sizes))
+        self.flat = torch.empty((self.runs, width), dtype=torch.float32, device=device)
+        self.flat[:, sum(sizes) :] = 0
+        self._padding = torch.zeros((self.runs, width - sum(sizes)), device=device)
         decays = torch.zeros_like(self.flat[:1])
         uneven = ratios is not None and any(r != 1 for row in ratios for r in row)
         self._ratios = torch.ones_like(self.flat) if uneven else None
@@ -136,14 +161,13 @@ class PackedAdamW:
                 self._ratios[:, start : start + size] = torch.tensor(list(ratios[i]), device=device).unsqueeze(-1)
             decays[:, start : start + size] = float(p.dim() > 2)
             start += size
-        self._mean = torch.zeros_like(self.flat)
-        self._square = torch.zeros_like(self.flat)
+        self._moments = self.storage.moments(self.runs, width, device)
         rates = torch.tensor([r.weight_decay for r in recipes], device=device)
         self._decay = decays * rates.unsqueeze(-1) if any(r.weight_decay for r in recipes) else None
 
     def state_tensors(self) -> list[Tensor]:
         """Return the tensors kept between steps."""
-        state = [self.flat, self._mean, self._square, self._rates]
+        state = [self.flat, *self._moments.tensors(), self._rates]
         state += [t for t in (self._ratios, self._decay) if t is not None]
         if self._fused is not None:
             state += [t for s in self._fused.state.values() for t in s.values() if isinstance(t, Tensor)]
@@ -153,7 +177,7 @@ class PackedAdamW:
     def step(self, losses: Tensor) -> None:
         """Update every run whose `losses` [R] and gradients are finite, and clear the gradients."""
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.packed]
-        grad = torch.cat([g.reshape(self.runs, -1) for g in grads], dim=1) if grads else self.flat
+        grad = torch.cat([*(g.reshape(self.runs, -1) for g in grads), self._padding], dim=1) if grads else self.flat
         squares = grad.square().sum(dim=1)
         plain_grads = [p.grad for p in self.plain if p.grad is not None]
         if plain_grads:
@@ -175,7 +199,7 @@ class PackedAdamW:
             self.step_count,
             len(self.rates),
             lambda p: self._part(self._gradient, p),
-            lambda p: (self._part(self._mean, p), self._part(self._square, p)),
+            self._moments_of,
             self._set_moments,
             self.alive,
         )
@@ -185,11 +209,21 @@ class PackedAdamW:
         start, size = self._places[id(parameter)]
         return flat[:, start : start + size].reshape(parameter.shape)
 
+    def _moments_of(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
+        start, size = self._places[id(parameter)]
+        columns = self._moments.around(start, start + size)
+        first = start - columns.start
+        mean, square = (m[:, first : first + size].reshape(parameter.shape) for m in self._moments.read(columns))
+        return mean, square
+
     @torch.no_grad()
     def _set_moments(self, parameter: nn.Parameter, mean: Tensor, square: Tensor) -> None:
         start, size = self._places[id(parameter)]
-        self._mean[:, start : start + size] = mean.reshape(self.runs, size)
-        self._square[:, start : start + size] = square.reshape(self.runs, size)
+        columns = self._moments.around(start, start + size)
+        first = start - columns.start
+        with self._moments.opened(columns) as moments:
+            for kept, given in zip(moments, (mean, square), strict=True):
+                kept[:, first : first + size] = given.reshape(self.runs, size)
 
     def _update_packed(self, grad: Tensor, shrink: Tensor) -> None:
         if not self.packed:
@@ -199,15 +233,18 @@ class PackedAdamW:
         grad = torch.where(alive, grad * shrink, 0.0)
         if self._keep:
             self._gradient = grad
-        self._mean.lerp_(grad, 1 - self.beta1)
-        self._square.mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
-        root = (self._square / (1 - self.beta2**t)).sqrt_().add_(self.epsilon)
-        update = (self._mean / (1 - self.beta1**t)).div_(root)
-        if self._decay is not None:
-            update.addcmul_(self._decay, self.flat)
-        if self._ratios is not None:
-            update.mul_(self._ratios)
-        self.flat.sub_(torch.where(alive, update * self._rates[self.step_count], 0.0))
+        for columns in self._moments.chunks():
+            g, flat = grad[:, columns], self.flat[:, columns]
+            with self._moments.opened(columns) as (mean, square):
+                mean.lerp_(g, 1 - self.beta1)
+                square.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
+                root = (square / (1 - self.beta2**t)).sqrt_().add_(self.epsilon)
+                update = (mean / (1 - self.beta1**t)).div_(root)
+            if self._decay is not None:
+                update.addcmul_(self._decay[:, columns], flat)
+            if self._ratios is not None:
+                update.mul_(self._ratios[:, columns])
+            flat.sub_(torch.where(alive, update * self._rates[self.step_count], 0.0))
 
     def _update_plain(self, grads: list[Tensor], shrink: Tensor) -> None:
         assert self._fused is not None
