@@ -7,7 +7,7 @@ import peftbench
 from peftbench.errors import UserError
 from peftbench.methods.hra import HRA, GramSchmidtHRA
 from tests.conformance.conftest import batch, disturb, fresh, hidden
-from tests.methods.formulas import parity, stirred
+from tests.methods.formulas import parity
 
 
 @pytest.mark.parametrize("name", ["hra", "hra_gs"])
@@ -85,9 +85,9 @@ def test_peft_s_two_forms_are_told_apart(tmp_path):
     peft = pytest.importorskip("peft")
     for name, cls in (("plain", HRA), ("orthogonal", GramSchmidtHRA)):
         config = peft.HRAConfig(r=4, apply_GS=name == "orthogonal", target_modules=["query"], init_weights=False)
-        theirs = peft.get_peft_model(stirred(fresh("tiny-bert")), config)
+        theirs = peft.get_peft_model(fresh("tiny-bert"), config)
         theirs.save_pretrained(tmp_path / name)
-        model = stirred(fresh("tiny-bert"))
+        model = fresh("tiny-bert")
         adapter = peftbench.load_adapter(model, tmp_path / name)
         assert type(adapter.methods[0]) is cls
         torch.testing.assert_close(hidden(model, batch(3)), hidden(theirs, batch(3)), rtol=1e-4, atol=1e-5)

@@ -7,7 +7,7 @@ import peftbench
 from peftbench.errors import UserError
 from peftbench.methods.miss import MiSS
 from tests.conformance.conftest import batch, disturb, fresh, hidden
-from tests.methods.formulas import parity, stirred
+from tests.methods.formulas import parity
 
 
 @pytest.mark.parametrize("family", ["tiny-bert", "tiny-gpt2", "tiny-llama"])
@@ -29,12 +29,12 @@ def test_a_worked_value():
 @pytest.mark.parametrize("rank", [5, 16, 32])
 def test_peft_reads_and_merges_what_is_saved(rank, tmp_path):
     peft = pytest.importorskip("peft")
-    model = stirred(fresh("tiny-llama"))
+    model = fresh("tiny-llama")
     adapter = peftbench.attach(model, MiSS(rank, targets=("q_proj", "down_proj")))
     disturb(adapter)
     want = hidden(model, batch(3))
     adapter.save(tmp_path, format="peft")
-    theirs = peft.PeftModel.from_pretrained(stirred(fresh("tiny-llama")), tmp_path)
+    theirs = peft.PeftModel.from_pretrained(fresh("tiny-llama"), tmp_path)
     torch.testing.assert_close(hidden(theirs, batch(3)), want, rtol=1e-5, atol=1e-5)
     adapter.merge()
     merged = theirs.merge_and_unload()
@@ -45,8 +45,8 @@ def test_peft_reads_and_merges_what_is_saved(rank, tmp_path):
 def test_peft_s_other_forms_and_sizes_that_do_not_fit_are_refused(tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.MissConfig(r=4, target_modules=["query"], init_weights="bat")
-    peft.get_peft_model(stirred(fresh("tiny-bert")), config).save_pretrained(tmp_path)
+    peft.get_peft_model(fresh("tiny-bert"), config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="init_weights='bat' is not read here"):
-        peftbench.load_adapter(stirred(fresh("tiny-bert")), tmp_path)
+        peftbench.load_adapter(fresh("tiny-bert"), tmp_path)
     with pytest.raises(UserError, match="rank=33: expected at most 32"):
-        peftbench.attach(stirred(fresh("tiny-bert")), MiSS(33))
+        peftbench.attach(fresh("tiny-bert"), MiSS(33))

@@ -7,7 +7,7 @@ import peftbench
 from peftbench.errors import UserError
 from peftbench.methods.oft import OFT
 from tests.conformance.conftest import batch, disturb, fresh, hidden
-from tests.methods.formulas import parity, stirred
+from tests.methods.formulas import parity
 
 
 def rotation(delta, run=0):
@@ -91,10 +91,10 @@ def test_training_equals_peft_s_with_every_option(settings, tmp_path):
     peft = pytest.importorskip("peft")
     from peftbench.methods.base import StepEnd
 
-    model = stirred(fresh("tiny-bert"))
+    model = fresh("tiny-bert")
     adapter = peftbench.attach(model, OFT(block_size=8, **settings))
     adapter.save(tmp_path / "start", format="peft")
-    theirs = peft.PeftModel.from_pretrained(stirred(fresh("tiny-bert")), tmp_path / "start", is_trainable=True)
+    theirs = peft.PeftModel.from_pretrained(fresh("tiny-bert"), tmp_path / "start", is_trainable=True)
     trained = [p for p in theirs.parameters() if p.requires_grad]
     ours, other = (torch.optim.SGD(ps, lr=1.0) for ps in (adapter.parameters(), trained))
     for step in range(6):
@@ -106,7 +106,7 @@ def test_training_equals_peft_s_with_every_option(settings, tmp_path):
         adapter.after_step(StepEnd(step + 1, 6, lambda p: p, lambda p: (p, p), lambda p, a, b: None, torch.ones(1)))
     want = hidden(theirs, batch(4))
     torch.testing.assert_close(hidden(model, batch(4)), want, rtol=1e-4, atol=1e-5)
-    assert (want - hidden(stirred(fresh("tiny-bert")), batch(4))).abs().max() > 1e-3
+    assert (want - hidden(fresh("tiny-bert"), batch(4))).abs().max() > 1e-3
     theirs.save_pretrained(tmp_path / "end")
     adapter.detach()
     loaded = peftbench.load_adapter(model, tmp_path / "end")
