@@ -39,7 +39,7 @@ def test_peft_reads_what_is_saved_for_it(method: str, model_name: str, tmp_path:
     batch = bench.batches(ours.model)[0]
     extra = ours.method.peft.shared_inputs(ours.method, batch.inputs)
     want = ours.outputs(batch, **extra)
-    base = bench.fresh(model_name)
+    base = bench.dense_twin(model_name, ours.model)
     theirs = peft.PeftModel.from_pretrained(base, str(tmp_path)).eval()
     more = {"task_ids": torch.zeros(bench.ROWS, dtype=torch.long)} if "MULTITASK" in config["peft_type"] else {}
     with torch.no_grad():
@@ -52,7 +52,7 @@ def test_a_peft_folder_loads_here(method: str, model_name: str, tmp_path: Any) -
     ours, _ = saved(method, model_name, tmp_path)
     batch = bench.batches(ours.model)[0]
     want = ours.outputs(batch)
-    model = bench.fresh(model_name)
+    model = bench.fresh(model_name, method)
     bare = bench.outputs(model(**batch.inputs), batch)
     adapter = peftbench.load_adapter(model, tmp_path)
     found = bench.outputs(model(**batch.inputs), batch)
