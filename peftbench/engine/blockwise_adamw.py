@@ -31,7 +31,7 @@ class Piece:
         return whole_blocks(self.stop - self.start)
 
 
-def buckets(parameters: Sequence[nn.Parameter], size: int = CHUNK) -> list[list[Piece]]:
+def buckets(parameters: Sequence[nn.Parameter], size: int) -> list[list[Piece]]:
     """Cut parameters into pieces of at most `size` elements and gather them, in order, into lists of at most `size`."""
     found: list[list[Piece]] = []
     room = 0
@@ -72,7 +72,7 @@ class BlockwiseAdamW(torch.optim.Optimizer):
         self.steps = 0
         self._buckets: list[tuple[dict[str, Any], list[Piece], Moments]] = []
         for group in self.param_groups:
-            for pieces in buckets(group["params"]):
+            for pieces in buckets(group["params"], CHUNK):
                 moments = storage.moments(1, sum(p.width for p in pieces), device)
                 self.state[len(self._buckets)] = dict(enumerate(moments.tensors()))  # type: ignore[index]
                 self._buckets.append((group, pieces, moments))

@@ -21,6 +21,9 @@ from peftbench.engine.blockwise_adamw import BlockwiseAdamW
 from peftbench.engine.moments import Storage
 from peftbench.methods.base import StepEnd
 
+ALIGNMENT = 64
+"""Elements of which a multiple lies before every tensor in a common block: wide loads need it."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -132,10 +135,17 @@ class PackedAdamW:
         optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, eps=epsilon, fused=True)
         if self.storage.paged:
             # PyTorch makes a parameter's state only where there is none
-            for p in self.plain:
-                mean, square = (self.storage.zeros(p.shape, p.dtype, p.device) for _ in range(2))
+            moments = zip(*(self._paged_like_plain() for _ in range(2)), strict=True)
+            for p, (mean, square) in zip(self.plain, moments, strict=True):
                 optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": mean, "exp_avg_sq": square}
         return optimizer
+
+    def _paged_like_plain(self) -> list[Tensor]:
+        """Return a paged tensor of zeros for each of the base's parameters, all in one block, each aligned."""
+        (dtype,) = {p.dtype for p in self.plain}
+        sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in self.plain]
+        parts = self.storage.zeros((sum(sizes),), dtype, self.plain[0].device).split(sizes)
+        return [part[: p.numel()].view(p.shape) for part, p in zip(parts, self.plain, strict=True)]
 
     @torch.no_grad()
     def _flatten(

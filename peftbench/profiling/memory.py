@@ -11,6 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from peftbench.engine.paging import managed_bytes
+
 
 class TensorTracker(TorchDispatchMode):
     """Counts the bytes of live tensor storages: those given at the start and all that operations create.
@@ -53,9 +55,10 @@ def peak_memory(step: Callable[[], object], device: torch.device, existing: Iter
     """Return the peak over two warm steps: bytes, what they count, and what the process or allocator holds beside.
 
     `existing` are the tensors alive before a step (weights, adapter, optimizer state), needed where there is no
-    allocator to ask.
+    allocator to ask, and for managed memory, which the allocator knows nothing of.
     """
     if device.type == "cuda":
+        managed = managed_bytes(existing)
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         for _ in range(2):
@@ -65,12 +68,19 @@ def peak_memory(step: Callable[[], object], device: torch.device, existing: Iter
             "kind": "cuda",
             "peak": torch.cuda.max_memory_allocated(device),
             "reserved": torch.cuda.max_memory_reserved(device),
+            "managed": managed,
             "process_peak": None,
         }
     with TensorTracker(existing) as tracker:
         for _ in range(2):
             step()
-    return {"kind": "tracked_tensors", "peak": tracker.peak, "reserved": None, "process_peak": process_peak()}
+    return {
+        "kind": "tracked_tensors",
+        "peak": tracker.peak,
+        "reserved": None,
+        "managed": None,
+        "process_peak": process_peak(),
+    }
 
 
 def process_peak() -> int | None:
