@@ -81,9 +81,7 @@ def relora(name: str, model_name: str, **changes: Any) -> Parity:
             restart()
 
     losses = plain_trace(dense.predict, dense.learning, data, STEPS, update)
-    trace = ratio(ours.trace(data, STEPS), losses)
-    # Merged once more: by now the weights underneath have been rewritten.
-    return dataclasses.replace(found, trace=trace, merged=max(found.merged or 0.0, dense.merged(ours)))
+    return dataclasses.replace(found, trace=ratio(ours.trace(data, STEPS), losses))
 
 
 def galore(name: str, model_name: str, **changes: Any) -> Parity:
