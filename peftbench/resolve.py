@@ -146,6 +146,24 @@ class Resolver:
             raise UserError(f"model={config.name}, method={key[0]}: {error}") from error
         return True
 
+    def _check_length(self, config: ModelConfig, method: Any, formulation: str, tokens: int) -> bool:
+        """Raise UserError if virtual tokens and the longest text together exceed the model's table of positions."""
+        from peftbench.models.load import build_meta
+        from peftbench.models.roles import EmbeddingSite
+
+        if "embedding" not in method.traits.sites:
+            return True
+        meta = self._once(("meta", canonical(as_dict(config)), formulation), lambda: build_meta(config, formulation))
+        for site in method.sites(meta):
+            if isinstance(site, EmbeddingSite) and site.max_positions is not None:
+                room = site.max_positions - method.settings()["length"]
+                if tokens > room:
+                    raise UserError(
+                        f"train.max_length={tokens}: with {method.settings()['length']} virtual tokens {config.name} "
+                        f"has room for {room}; expected at most that, or a smaller method.length"
+                    )
+        return True
+
     def _check_optimizer(self, optimizer: str, name: str, method: Any) -> bool:
         """Raise UserError unless `optimizer` can run on this device, and with this method."""
         import torch
@@ -201,14 +219,19 @@ class Resolver:
             ("optimizer", train.optimizer, parts["method"][2]),
             lambda: self._check_optimizer(train.optimizer, parts["method"][0], method),
         )
+        recipe = self._once(
+            ("recipe", parts["train"][2], parts["method"][0], parts["task"][2]),
+            lambda: as_dict(_complete(train, mapping, task)),
+        )
+        self._once(
+            ("length", parts["model"][2], parts["method"][2], task.formulation, recipe["max_length"]),
+            lambda: self._check_length(config, method, task.formulation, recipe["max_length"]),
+        )
         return RunSpec(
             model=model,
             method=method_settings,
             task=task_settings,
-            train=self._once(
-                ("recipe", parts["train"][2], parts["method"][0], parts["task"][2]),
-                lambda: as_dict(_complete(train, mapping, task)),
-            ),
+            train=recipe,
             profile=as_dict(profile),
             seed=seed,
             protocol=protocol,

@@ -80,6 +80,7 @@ def test_doctor_says_what_it_found(capsys):
 
 BAD = [
     (["method=lora", "model.quantization=nf5"], "model.quantization=nf5: expected one of nf4, "),
+    (["method=prompt", "model=tiny-bert", "train.max_length=128"], "with 20 virtual tokens tiny-bert has room for 110"),
     (["method=lorra"], "method=lorra: no such method; did you mean 'lora'?"),
     (["method=lora", "model=tiny-brt"], "did you mean 'tiny-bert'"),
     (["method=lora", "task=movie-review"], "did you mean 'movie-reviews'"),

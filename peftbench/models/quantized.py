@@ -13,6 +13,7 @@ matrix. Quantizing W' + ΔW again, as HF PEFT does, would change what the adapte
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,6 +79,8 @@ class BitsAndBytes:
     """The same through bitsandbytes; needs it installed."""
 
     def __init__(self) -> None:
+        # It warns on a CPU of an optional kernel for inference that nothing here calls.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         try:
             from bitsandbytes import functional
         except ImportError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any, cast
@@ -51,6 +52,8 @@ class Theirs:
     """PEFT's side on its own copy of the model."""
 
     def __init__(self, ours: Ours, model_name: str) -> None:
+        # PEFT imports bitsandbytes, which warns on a CPU of an optional kernel that nothing here calls.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         import peft
 
         form = ours.method.peft
