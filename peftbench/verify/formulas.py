@@ -36,7 +36,17 @@ from peftbench.verify.products import PRODUCTS
 Formula = Callable[[Any, Site, Tensor, "Tensor | None", dict[str, Tensor]], "tuple[Tensor, Tensor | None]"]
 """(method, site, W [out, in], b [out], the site's tensors) → the adapted (W', b')."""
 
+Prompt = Callable[[dict[str, Tensor]], Tensor]
+"""The embedding site's tensors → virtual tokens [P, D]."""
+
+
+def multitask_prompt(own: dict[str, Tensor]) -> Tensor:
+    """Return the shared prompt times the low-rank matrix of the only task."""
+    return own["shared"] * (own["columns"][0] @ own["rows"][0])
+
+
 FORMULAS: dict[str, Formula] = DENSE | PRODUCTS
+PROMPTS: dict[str, Prompt] = {"mpt": multitask_prompt}
 
 
 class Dense:
@@ -48,8 +58,8 @@ class Dense:
         leaves: the method's tensors by the names of `Ours.state`, those in `trained` with gradients.
     """
 
-    def __init__(self, ours: Ours, model_name: str, formula: Formula) -> None:
-        self.model, self.method, self.formula = fresh(model_name), ours.method, formula
+    def __init__(self, ours: Ours, model_name: str, formula: Formula | None, prompt: Prompt | None = None) -> None:
+        self.model, self.method, self.formula, self.prompt = fresh(model_name), ours.method, formula, prompt
         self.modules: dict[str, Any] = dict(self.model.named_modules())
         self.sites = ours.method.sites(self.model)
         self.trained = sorted(f"{key}.{n}" for key, delta in ours.adapter.parts for n in delta.run_state(0))
@@ -68,7 +78,8 @@ class Dense:
     def adapted(self) -> dict[str, Tensor]:
         """Return the weights and biases that the method changes, changed, by name and in the model's layout."""
         changed: dict[str, Tensor] = {}
-        for site in self.sites:
+        for site in self.sites if self.formula is not None else ():
+            assert self.formula is not None
             module = self.modules[site.name]
             weight = changed.get(f"{site.name}.weight", module.weight)
             bias = changed.get(f"{site.name}.bias", getattr(module, "bias", None))
@@ -81,7 +92,14 @@ class Dense:
 
     def predict(self, batch: Batch) -> Tensor:
         """Return the outputs on a batch."""
-        return outputs(functional_call(self.model, self.adapted(), (), dict(batch.inputs)), batch)
+        if self.prompt is None:
+            return outputs(functional_call(self.model, self.adapted(), (), dict(batch.inputs)), batch)
+        ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+        model: Any = self.model
+        front = self.prompt(self.own(self.sites[0])).expand(len(ids), -1, -1)
+        states = torch.cat([front, model.get_input_embeddings()(ids)], dim=1)
+        seen = torch.cat([mask.new_ones(front.shape[:2]), mask], dim=1)
+        return outputs(model(inputs_embeds=states, attention_mask=seen), batch)
 
     def merged(self, ours: Ours) -> float:
         """Return the largest difference from the weights that `ours` merges."""
@@ -116,10 +134,10 @@ def check(name: str, model_name: str) -> Parity:
     Raises:
         UserError: there is no formula for it, or method and model do not go together.
     """
-    if name not in FORMULAS:
+    if name not in FORMULAS | PROMPTS:
         raise UserError(f"verify: no formula for {name}")
     ours = Ours.of(name, model_name)
-    dense = Dense(ours, model_name, FORMULAS[name])
+    dense = Dense(ours, model_name, FORMULAS.get(name), PROMPTS.get(name))
     data = batches(ours.model)
     found = dense.compare(name, "formula", model_name, ours, data[0])
     optimizer = torch.optim.AdamW(dense.learning, lr=LEARNING_RATE, weight_decay=0.0)

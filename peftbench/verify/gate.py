@@ -44,7 +44,7 @@ def references(name: str, model: str | None = None) -> list[str]:
         found.append("peft")
     if any(method == name and model in (None, on) for method, on in fixtures.cases()):
         found.append("adapters")
-    if name in formulas.FORMULAS:
+    if name in formulas.FORMULAS or name in formulas.PROMPTS:
         found.append("formula")
     if name in loops.LOOPS:
         found.append("loop")
