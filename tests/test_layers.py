@@ -26,7 +26,7 @@ ALLOWED = {
     "methods": BASE | {"kernels", "models", "registry"},
     "engine": BASE | {"kernels", "methods.base", "methods.sites", "methods.adapter", "models", "tasks.base"},
     "profiling": BASE | {"engine", "methods.base", "methods.sites", "methods.adapter", "models", "tasks.base"},
-    "analysis": {"errors"},
+    "analysis": {"errors", "record"},
     "registry": BASE | {"plan"},  # imports the classes that a yaml names, but none by itself
 }
 LIGHT = ("errors", "record", "config", "plan", "store", "environment", "progress", "overrides", "registry", "job")
