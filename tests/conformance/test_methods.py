@@ -16,7 +16,6 @@ from tests.conformance.conftest import FAMILIES, METHODS, batch, config, disturb
 
 everywhere = pytest.mark.parametrize("family", FAMILIES)
 every_method = pytest.mark.parametrize("method", METHODS)
-SOME = ["tiny-bert", "tiny-gpt2", "tiny-llama"]
 
 
 @everywhere
@@ -128,7 +127,7 @@ def test_merged_equals_unmerged_and_unmerge_is_exact(method: str, family: str) -
     assert torch.equal(model(**twice).last_hidden_state[-2:], apart)
 
 
-@pytest.mark.parametrize("family", SOME)
+@everywhere
 @every_method
 def test_save_and_load_round_trip_within_the_promised_size(method: str, family: str, tmp_path: object) -> None:
     model, chosen = fresh(family), small(method)
@@ -174,7 +173,7 @@ def test_saved_adapters_load_in_another_process(tmp_path: Path) -> None:
         assert found[folder] == pytest.approx(states, rel=1e-5, abs=1e-5), folder
 
 
-@pytest.mark.parametrize("family", SOME)
+@everywhere
 @every_method
 def test_bf16_base_keeps_fp32_adapters_and_close_results(method: str, family: str) -> None:
     full, half, chosen = fresh(family), fresh(family, torch.bfloat16), small(method)
@@ -196,7 +195,7 @@ def test_bf16_base_keeps_fp32_adapters_and_close_results(method: str, family: st
         assert all(p.grad is not None and p.grad.isfinite().all() for p in narrow.parameters())
 
 
-@pytest.mark.parametrize("family", SOME)
+@everywhere
 @every_method
 def test_disabled_adapter_gives_the_bare_model(method: str, family: str) -> None:
     model, chosen = fresh(family), small(method)
@@ -215,7 +214,7 @@ def test_disabled_adapter_gives_the_bare_model(method: str, family: str) -> None
         assert not torch.equal(hidden(model, inputs), before)
 
 
-@pytest.mark.parametrize("family", SOME)
+@everywhere
 @every_method
 def test_gradient_checkpointing_changes_no_gradient(method: str, family: str) -> None:
     model, chosen = fresh(family), small(method)

@@ -13,10 +13,9 @@ from peftbench.errors import UserError
 from peftbench.models.load import load
 from peftbench.models.quantized import QuantizedLinear
 from peftbench.verify.bench import stirred
-from tests.conformance.conftest import METHODS, batch, config, disturb, fits, hidden, runs_share, small
+from tests.conformance.conftest import FAMILIES, METHODS, batch, config, disturb, fits, hidden, runs_share, small
 
-SOME = ["tiny-bert", "tiny-gpt2", "tiny-llama"]
-everywhere = pytest.mark.parametrize("family", SOME)
+everywhere = pytest.mark.parametrize("family", FAMILIES)
 every_method = pytest.mark.parametrize("method", METHODS)
 
 

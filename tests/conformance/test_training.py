@@ -18,7 +18,7 @@ from peftbench.models.load import set_dropout
 from peftbench.tasks.base import Encoded
 from tests.conformance.conftest import FAMILIES, METHODS, batch, disturb, fits, fresh, hidden, runs_share, small
 
-SOME = ["tiny-bert", "tiny-gpt2", "tiny-llama"]
+everywhere = pytest.mark.parametrize("family", FAMILIES)
 every_method = pytest.mark.parametrize("method", METHODS)
 STEPS = 6
 
@@ -48,7 +48,7 @@ def table(device: str = "cpu", items: int = 16) -> TokenTable:
     return TokenTable(Encoded(ids, None, [i % 2 for i in range(items)], None), 0, torch.device(device))
 
 
-@pytest.mark.parametrize("family", SOME)
+@everywhere
 @every_method
 def test_gradient_accumulation_changes_no_gradient(method: str, family: str) -> None:
     import numpy as np
@@ -118,7 +118,7 @@ def tensors_of(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("family", FAMILIES)
+@everywhere
 @every_method
 def test_a_moved_adapter_computes_the_same_on_the_device(method: str, family: str) -> None:
     model, chosen = fresh(family), small(method)
@@ -133,7 +133,7 @@ def test_a_moved_adapter_computes_the_same_on_the_device(method: str, family: st
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("family", SOME)
+@everywhere
 @every_method
 def test_a_step_never_waits_for_the_device(method: str, family: str) -> None:
     import numpy as np
