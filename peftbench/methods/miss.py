@@ -7,6 +7,9 @@ W repeats Dᵀ along the inputs; since all shards share it, the shards of x are 
 the paper's efficient form, and the default of PEFT's `miss`: unlike Bat, which multiplies D into W itself, it needs no
 second product with W and leaves W in whatever form it is stored. A last shard that is not full is taken as filled up
 with zeros. Dropout acts on x.
+
+Why it is here beside the many other changes of LoRA: one matrix instead of two, so no product of two trained factors
+whose scales trade off, and no scale to tune.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ tasks' ("average", the paper's way) or as those of `source_task` ("exact"). U an
 `init_std`, as in the authors' code and HF PEFT. A saved adapter holds its tensors and no longer asks for its source.
 
 Deviations. Stage 1 does not distil from single-task teachers (section 3.2), as in HF PEFT: it trains on the tasks' own
-losses. P* and the task's own matrices learn at one rate, where the paper has two.
+losses. P* and the task's own matrices learn at one rate, where the paper has two. On bidirectional classifiers the
+pooled token stays the task's own, as `prompt.py` says; the paper prompts T5 only.
 
 Letters: runs R, tasks K, batch B, virtual tokens P, width D, rank r.
 """

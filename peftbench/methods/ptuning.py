@@ -10,7 +10,9 @@ layers of the LSTM. After training only the virtual tokens matter: `format="peft
 package keeps what was trained.
 
 Deviation: all virtual tokens stand in front of the input, as in HF PEFT; the paper also puts some between the parts of
-a hand-written template, and trains the language model along in its supervised experiments.
+a hand-written template, and trains the language model along in its supervised experiments. On bidirectional
+classifiers the pooled token stays the task's own: the virtual tokens are cut off at the model's output, where HF PEFT
+leaves them in the sequence and BERT's pooler reads the first of them.
 
 Letters: runs R, virtual tokens P, width D, hidden size H. The two directions of a layer are one batch of two.
 """
