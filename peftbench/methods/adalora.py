@@ -173,6 +173,8 @@ class Allocator(Delta):
         return self._joined(parts)
 
     def _prune(self, end: StepEnd) -> None:
+        if not self.sensitivity:  # a run of so few steps that its final phase comes before any measurement
+            return
         row = end.step - 1
         cut = self.cut[row].unsqueeze(1)
         scores = self.scores().masked_fill(~self.real, torch.inf)

@@ -227,3 +227,18 @@ def test_peft_s_files_without_the_pruned_triplets_load():
     want = hidden(adapter.model, batch(2, 5))
     adapter.load_state_dict(state)
     torch.testing.assert_close(hidden(adapter.model, batch(2, 5)), want)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_a_run_of_few_steps_trains(steps):
+    model = fresh("tiny-bert")
+    method = AdaLora(target_rank=2)
+    adapter = peftbench.attach(model, method)
+    recipe = Recipe(1e-2, schedule="constant")
+    optimizer = PackedAdamW(adapter.packed_parameters(), [], [recipe], steps, keep_gradients=True)
+    for step in range(steps):
+        loss = hidden(model, batch(3, step)).square().mean()
+        loss.backward()
+        optimizer.step(loss.detach().reshape(1))
+        adapter.after_step(optimizer.end())
+    assert any(delta.E.any() for _, delta in adapter.deltas)
