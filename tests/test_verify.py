@@ -90,3 +90,23 @@ def test_kept_results_cover_every_method_and_are_about_this_code() -> None:
 def test_the_documentation_s_table_is_up_to_date() -> None:
     file = registry.PACKAGE.parent / "docs" / "methods.md"
     assert file.read_text() == lists.markdown(), "run python -m peftbench methods --markdown > docs/methods.md"
+
+
+def test_results_that_cannot_be_written_are_one_line_and_nothing_is_lost(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "results.json"
+    file.write_text('{"methods": {}}')
+    monkeypatch.setattr(gate, "RESULTS", file)
+    assert main(["verify", "head", "--write"]) == 0
+    before = file.read_text()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gate.os, "replace", full)
+    capsys.readouterr()
+    assert main(["verify", "head", "--write"]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert file.read_text() == before
+    assert list(tmp_path.iterdir()) == [file]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -89,7 +91,11 @@ def _checked(reference: str, name: str, model: str) -> Parity:
 
 
 def keep(found: Sequence[Parity]) -> None:
-    """Put the checks into the kept results, in place of earlier ones of the same methods."""
+    """Put the checks into the kept results, in place of earlier ones of the same methods.
+
+    Raises:
+        UserError: the file cannot be written; it is then as it was.
+    """
     kept: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"methods": {}}
     for name in dict.fromkeys(p.method for p in found):
         kept["methods"][name] = {
@@ -97,7 +103,17 @@ def keep(found: Sequence[Parity]) -> None:
             "checks": [_compact(p) for p in found if p.method == name],
         }
     kept["methods"] = {n: kept["methods"][n] for n in sorted(kept["methods"]) if n in registry.options("method")}
-    RESULTS.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    temporary = RESULTS.with_name(f".{RESULTS.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+        os.replace(temporary, RESULTS)
+    except OSError as error:
+        raise UserError(
+            f"--write: {RESULTS} cannot be written ({error.strerror}); expected room and permission"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _compact(parity: Parity) -> dict[str, Any]:
