@@ -6,6 +6,7 @@ PEFT is imported when a check runs; nothing of it takes part in training here.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.metadata
 import logging
 import warnings
@@ -34,6 +35,9 @@ from peftbench.verify.bench import (
     same_names,
     weights,
 )
+
+SETTINGS: dict[str, dict[str, Any]] = {"boft": {"factors": 1}}
+"""Settings under which PEFT holds a method that it does not hold by default: on a CPU its BOFT has one factor alone."""
 
 
 def version() -> str:
@@ -173,7 +177,7 @@ class Theirs:
 def covers(name: str, model_name: str) -> bool:
     """Tell whether PEFT has the method with these settings on this model."""
     model = fresh(model_name, name)
-    method = chosen(name, model, model_name)
+    method = dataclasses.replace(chosen(name, model, model_name), **SETTINGS.get(name, {}))
     if method.peft is None:
         return False
     try:
@@ -191,7 +195,7 @@ def check(name: str, model_name: str) -> Parity:
         UserError: PEFT is missing or has no such method, method and model do not go together, or the tensors differ.
     """
     reference = version()
-    ours = Ours.of(name, model_name)
+    ours = Ours.of(name, model_name, **SETTINGS.get(name, {}))
     form = ours.method.peft
     if form is None:
         raise UserError(f"verify: HF PEFT has no {name}")
