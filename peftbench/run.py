@@ -1,15 +1,12 @@
-"""From a pack of specs to records: the only place that joins model, method, task, engine and profiler."""
+"""From a pack of specs to records: trains what `assembly` puts together and writes what came of it."""
 
 from __future__ import annotations
 
 import functools
-import gc
-import json
 import math
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -17,24 +14,17 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from peftbench import environment, registry, verify
-from peftbench.config import ModelConfig, ProfileConfig, TrainConfig, build
+from peftbench import environment, verify
+from peftbench.assembly import Assembly, Setting, assembled, backbone_of
+from peftbench.cost import cost_of
 from peftbench.engine import evaluation, objectives
-from peftbench.engine.batches import PackedBatch, TokenTable, make_buckets, packed_batches, steps_per_epoch
-from peftbench.engine.heads import PackedHead
-from peftbench.engine.loop import train, train_step
-from peftbench.engine.moments import Storage
-from peftbench.engine.optimizer import PackedAdamW, Recipe
+from peftbench.engine.batches import TokenTable, make_buckets, packed_batches, steps_per_epoch
+from peftbench.engine.loop import train
+from peftbench.engine.optimizer import PackedAdamW
 from peftbench.errors import UserError
-from peftbench.methods.adapter import Adapter, attach, generator_for
-from peftbench.methods.base import Method, RunDropout
-from peftbench.models import attention, roles
-from peftbench.models.load import Backbone, load, set_dropout
-from peftbench.models.quantized import dense_parameter_count
-from peftbench.profiling.cost import Trial, measure
-from peftbench.record import RunRecord, RunSpec, profile_id
+from peftbench.record import RunRecord, RunSpec
 from peftbench.store import Store
 from peftbench.tasks.base import Encoded, Task
 
@@ -52,316 +42,6 @@ class Listener(Protocol):
     def steps(self, done: int, total: int, losses: Sequence[float] | None) -> None: ...
 
     def record(self, record: RunRecord) -> None: ...
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What the runs of a pack share."""
-
-    specs: Sequence[RunSpec]
-    task: Task
-    train: TrainConfig
-    methods: Sequence[Method]
-    device: torch.device
-
-    @classmethod
-    def of(cls, specs: Sequence[RunSpec]) -> Setting:
-        """Build task, recipe and methods from resolved specs."""
-        first = specs[0]
-        methods = [cast(Method, registry.build_method(s.method)) for s in specs]
-        return cls(
-            specs,
-            cast(Task, registry.build_task(first.task)),
-            build(TrainConfig, first.train, "train"),
-            methods,
-            torch.device(first.device),
-        )
-
-    def alone(self, run: int) -> Setting:
-        """Return the same for one run by itself."""
-        return Setting([self.specs[run]], self.task, self.train, [self.methods[run]], self.device)
-
-    @property
-    def trains_base(self) -> bool:
-        """Whether the base's own weights train: they are then kept in fp32 and computed with under autocast."""
-        return "weight" in self.methods[0].traits.sites
-
-    @property
-    def base_dtype(self) -> torch.dtype:
-        """Precision in which the base's weights are kept."""
-        return torch.bfloat16 if self.train.precision == "bf16" and not self.trains_base else torch.float32
-
-    def autocast(self) -> AbstractContextManager[object]:
-        """Return the precision context of forward passes."""
-        if self.train.precision == "bf16" and self.trains_base:
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext()
-
-    @property
-    def max_length(self) -> int:
-        """Longest sequence in tokens."""
-        assert self.train.max_length is not None, "specs are resolved"
-        return self.train.max_length
-
-    @property
-    def profile_id(self) -> str:
-        """Id of the cost of the first run's configuration."""
-        return profile_id(self.specs[0], self.methods[0].traits.cost_free)
-
-    @property
-    def recipes(self) -> list[Recipe]:
-        """Return each run's optimizer settings."""
-        configs = [build(TrainConfig, s.train, "train") for s in self.specs]
-        return [
-            Recipe(cast(float, c.learning_rate), c.weight_decay, c.clip_norm, c.schedule, c.warmup, m.rate_factor)
-            for c, m in zip(configs, self.methods, strict=True)
-        ]
-
-
-_backbones: dict[str, Backbone] = {}
-
-
-def _backbone(setting: Setting) -> Backbone:
-    """Return the frozen base, loading it unless it is the one used last; one base at a time stays in memory."""
-    first = setting.specs[0]
-    key = json.dumps(
-        [first.model, setting.task.formulation, str(setting.base_dtype), str(setting.device)], sort_keys=True
-    )
-    if key not in _backbones:
-        _backbones.clear()
-        _free(setting.device)
-        config = build(ModelConfig, first.model, "model")
-        _backbones[key] = load(config, setting.task.formulation, setting.base_dtype, setting.device)
-    return _backbones[key]
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-@contextmanager
-def _configured(model: nn.Module, setting: Setting) -> Iterator[None]:
-    """Set dropout, attention and checkpointing on the base for the context."""
-    with ExitStack() as undo:
-        undo.callback(set_dropout(model, setting.train.dropout))
-        if roles.supports_attention_interface(model):
-            configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-            for config in configs.values():
-                before = attention.use(config)
-                undo.callback(setattr, config, "_attn_implementation", before)
-        if setting.train.checkpointing:
-            cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
-            undo.callback(cast(Any, model).gradient_checkpointing_disable)
-        undo.enter_context(attention.right_padded())
-        yield
-
-
-@dataclass
-class Assembly:
-    """A pack ready to train: adapter and objective on the base."""
-
-    setting: Setting
-    backbone: Backbone
-    adapter: Adapter
-    objective: objectives.Objective
-    head: PackedHead | None
-
-    def optimizer(self, steps: int) -> PackedAdamW:
-        """Return the optimizer over adapter and head."""
-        packed = self.adapter.packed_parameters() + self.objective.parameters()
-        plain = list(self.adapter.trained.values())
-        if not packed and not plain:
-            raise UserError("nothing trains: this method has no parameters and the task no head")
-        c = self.setting.train
-        even = [[1.0] * self.adapter.runs] * len(self.objective.parameters())
-        return PackedAdamW(
-            packed,
-            plain,
-            self.setting.recipes,
-            steps,
-            beta1=c.beta1,
-            beta2=c.beta2,
-            epsilon=c.epsilon,
-            ratios=self.adapter.rate_ratios() + even,
-            keep_gradients=self.adapter.watches_steps,
-            base=self.setting.methods[0].base_optimizer(
-                plain, (c.beta1, c.beta2), c.epsilon, self.setting.recipes[0].weight_decay
-            )
-            if plain
-            else None,
-            storage=Storage.parse(c.optimizer),
-        )
-
-
-@contextmanager
-def _assembled(setting: Setting) -> Iterator[Assembly]:
-    """Attach methods and head to the base; everything comes off when the context ends."""
-    backbone = _backbone(setting)
-    model = backbone.model
-    seeds = [s.seed for s in setting.specs]
-    with _configured(model, setting):
-        adapter = attach(model, list(setting.methods), seeds=seeds, tokenizer=backbone.tokenizer)
-        try:
-            if setting.train.dropout is not None:
-                for _, delta in adapter.parts:
-                    for module in delta.modules():
-                        if isinstance(module, RunDropout):
-                            module.set(setting.train.dropout)
-            head = None
-            objective: objectives.Objective
-            if setting.task.formulation == "head":
-                head = _head(setting, backbone, seeds)
-                objective = objectives.HeadObjective(
-                    model, adapter, head, backbone.config.pooling, setting.task.task_classes
-                )
-            else:
-                objective = objectives.TextObjective(model, adapter, len(seeds), seq2seq=backbone.kind == "seq2seq")
-            yield Assembly(setting, backbone, adapter, objective, head)
-        finally:
-            adapter.detach()
-            model.eval()
-
-
-def _head(setting: Setting, backbone: Backbone, seeds: Sequence[int]) -> PackedHead:
-    config: Any = backbone.model.config
-    own = getattr(config, "classifier_dropout", None)
-    own = getattr(config, "hidden_dropout_prob", None) if own is None else own
-    dropout = setting.train.dropout if setting.train.dropout is not None else float(own or 0.0)
-    generators = [generator_for("head", seed) for seed in seeds]
-    head = PackedHead(backbone.config.head, config.hidden_size, setting.task.num_labels, generators, dropout)
-    return head.to(setting.device)
-
-
-# Cost.
-
-
-@contextmanager
-def _trial(alone: Setting, encoded: Encoded) -> Iterator[Trial]:
-    """One run alone on a batch in which every sequence has full length but the last, which is one token shorter."""
-    rows, length = alone.train.batch_size, alone.max_length
-    with _assembled(alone) as assembly:
-        tokenizer: Any = assembly.backbone.tokenizer
-        table = TokenTable(_fixed_batch(encoded, rows, length, len(tokenizer)), 0, alone.device)
-        optimizer = assembly.optimizer(100_000)
-        batch = PackedBatch(np.arange(rows)[None], length, 0)
-        model, adapter, head = assembly.backbone.model, assembly.adapter, assembly.head
-        assembly.objective.train(True)
-
-        def step() -> Tensor:
-            return train_step(
-                assembly.objective,
-                optimizer,
-                table,
-                batch,
-                accumulation=alone.train.accumulation,
-                autocast=alone.autocast,
-            )
-
-        def existing() -> Iterable[Tensor]:
-            yield from model.parameters()
-            yield from model.buffers()
-            yield from adapter.parameters()
-            yield from assembly.objective.parameters()
-            yield from optimizer.state_tensors()
-            yield from table.tensors()
-
-        own_head = 0 if head is None else head.parameter_count()
-        own = adapter.parameter_count()
-        trained = {id(p) for p in adapter.trained.values()}
-        matrices = _matrices(model)
-        yield Trial(
-            step=step,
-            existing=existing,
-            rows=rows,
-            length=length,
-            adapter_parameters=own,
-            head_parameters=own_head,
-            total_parameters=dense_parameter_count(model) + own_head + (0 if trained else own),
-            trained_matrices=sum(p.numel() for p in matrices if id(p) in trained)
-            + sum(p[0].numel() for p in adapter.packed_parameters() if p.dim() > 2),
-            frozen_matrices=sum(p.numel() for p in matrices if id(p) not in trained) + _quantized_weights(model),
-            backward_through_base=bool(adapter.parameters()),
-            checkpoint_bytes=adapter.checkpoint_bytes(),
-            compute_dtype=torch.bfloat16 if alone.train.precision == "bf16" else torch.float32,
-        )
-
-
-def _fixed_batch(encoded: Encoded, rows: int, length: int, vocabulary: int) -> Encoded:
-    """Return `rows` random sequences of `length` tokens, with targets or labels shaped like the task's own."""
-    rng = np.random.default_rng(0)
-    ids = rng.integers(0, vocabulary, (rows, length)).tolist()
-    ids[-1] = ids[-1][:-1]
-    types = None if encoded.token_type_ids is None else [[0] * len(row) for row in ids]
-    targets: Any = None if encoded.targets is None else [encoded.targets[i % len(encoded)] for i in range(rows)]
-    labels = None
-    if encoded.labels is not None:
-        if len(encoded.labels[0]) == len(encoded.input_ids[0]):
-            labels = [[-100] * (len(row) // 2) + row[len(row) // 2 :] for row in ids]
-        else:
-            widest = max(len(row) for row in encoded.labels)
-            labels = [(row * widest)[:widest] for row in ids]
-    tasks = None if encoded.task_ids is None else [encoded.task_ids[i % len(encoded)] for i in range(rows)]
-    return Encoded(ids, types, targets, labels, tasks)
-
-
-def _matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Return the matrices every token is multiplied with: no look-up tables, but for one tied to the output."""
-    output = cast(Any, model).get_output_embeddings()
-    tied = {id(p) for p in output.parameters()} if output is not None else set()
-    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()} - tied
-    return [p for p in model.parameters() if p.dim() == 2 and id(p) not in tables]
-
-
-def _quantized_weights(model: nn.Module) -> int:
-    """Return how many weights of `model` are kept in 4 bits."""
-    return dense_parameter_count(model) - sum(p.numel() for p in model.parameters())
-
-
-def _cost(alone: Setting, store: Store, encoded: Encoded, listener: Listener) -> dict[str, Any]:
-    """Return one run's cost: its configuration's kept profile, or one measured now, plus what is this task's own."""
-    spec = alone.specs[0]
-    profile = build(ProfileConfig, spec.profile, "profile")
-    key = alone.profile_id
-    cost = store.profile(key)
-    if cost is None:
-        if not profile.enabled:
-            return _counts(alone)
-        listener.phase("profile")
-        _free(alone.device)
-        cost = measure(
-            lambda: _trial(alone, encoded),
-            alone.device,
-            min_warmup=profile.min_warmup,
-            steps=profile.steps,
-            max_seconds=profile.max_seconds,
-            energy_seconds=profile.energy_seconds,
-        )
-        cost = {"profile_id": key, "device_kind": spec.identity["device_kind"], **cost}
-        store.write_profile(key, cost)
-        _free(alone.device)
-    # Real tokens: the share of the fixed shape that the task's own texts fill.
-    share = float(np.mean([min(n, alone.max_length) for n in encoded.lengths])) / alone.max_length
-    return {**cost, "tokens_per_second": cost["padded_tokens_per_second"] * share}
-
-
-def _counts(alone: Setting) -> dict[str, Any]:
-    """Return what can be said of cost without measuring."""
-    with _assembled(alone) as assembly:
-        own_head = 0 if assembly.head is None else assembly.head.parameter_count()
-        own = assembly.adapter.parameter_count()
-        base = dense_parameter_count(assembly.backbone.model)
-        return {
-            "trainable_parameters": own + own_head,
-            "adapter_parameters": own,
-            "head_parameters": own_head,
-            "total_parameters": base + own_head + (0 if assembly.adapter.trained else own),
-            "checkpoint_bytes": assembly.adapter.checkpoint_bytes(),
-        }
-
-
-# Quality.
 
 
 @dataclass
@@ -468,7 +148,7 @@ def _train(
 ) -> Outcome:
     config = setting.train
     seeds = [s.seed for s in setting.specs]
-    with _assembled(setting) as assembly:
+    with assembled(setting) as assembly:
         tokenizer: Any = assembly.backbone.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         buckets = make_buckets(encoded.lengths, config.batch_size, setting.max_length)
@@ -576,30 +256,6 @@ def _trace(losses: np.ndarray, rates: Sequence[float]) -> dict[str, Any]:
     }
 
 
-# Packs.
-
-
-def measure_costs(specs: Sequence[RunSpec], store: Store, listener: Listener) -> None:
-    """Measure the cost of every configuration among `specs` that the store has no profile of, one after the other.
-
-    For the process that starts a sweep, before anything else uses the machine. A configuration that cannot be set up is
-    left to its run, whose record will say why.
-    """
-    for spec in specs:
-        try:
-            alone = Setting.of([spec])
-            if not build(ProfileConfig, spec.profile, "profile").enabled or store.profile(alone.profile_id) is not None:
-                continue
-            backbone = _backbone(alone)
-            rows = alone.task.splits(spec.protocol)["train"]
-            encoded = alone.task.encode(rows, backbone.tokenizer, alone.max_length, backbone.kind)
-            _cost(alone, store, encoded, listener)
-        except Exception as error:  # the run meets the same error and records it
-            if isinstance(error.__cause__, OSError):
-                raise
-            _free(torch.device(spec.device))
-
-
 def run_pack(
     specs: Sequence[RunSpec], store: Store, listener: Listener, *, save_adapters: bool = False
 ) -> list[RunRecord]:
@@ -615,10 +271,10 @@ def run_pack(
         listener.phase("load")
         setting = Setting.of(specs)
         splits = setting.task.splits(specs[0].protocol)
-        backbone = _backbone(setting)
+        backbone = backbone_of(setting)
         encoded = setting.task.encode(splits["train"], backbone.tokenizer, setting.max_length, backbone.kind)
         for run in range(len(specs)):
-            costs[run] = _cost(setting.alone(run), store, encoded, listener)
+            costs[run] = cost_of(setting.alone(run), store, encoded, listener)
         outcome = _train(setting, splits, encoded, listener, store if save_adapters else None)
     except torch.OutOfMemoryError as error:
         outcome = _failure("out_of_memory", specs, str(error).splitlines()[0])

@@ -115,10 +115,10 @@ def _without_adapter(store: Store, specs: Sequence[RunSpec]) -> list[str]:
 
 def measure_costs(prepared: Prepared, listener: Any) -> None:
     """Measure the cost of every configuration still to train while nothing else runs on this machine."""
-    from peftbench import run
+    from peftbench import cost
 
     listener.note("cost is measured first, one configuration at a time")
-    run.measure_costs([spec for pack in prepared.jobs for spec in pack.specs], prepared.store, listener)
+    cost.measure_costs([spec for pack in prepared.jobs for spec in pack.specs], prepared.store, listener)
 
 
 def _check_space(folder: Path, runs: int) -> None:

@@ -187,7 +187,6 @@ def test_a_failed_run_is_a_record_and_the_sweep_goes_on(here, capsys, monkeypatc
 
     def break_lora(specs, store, listener, **options):
         if specs[0].method["name"] == "lora":
-            monkeypatch.setattr(run, "_trial", None, raising=False)
             from tests.conftest import make_record
 
             made = [make_record(s, "failed", error="Boom: it broke") for s in specs]

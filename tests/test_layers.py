@@ -82,7 +82,9 @@ def method_names() -> set[str]:
 
 def shared_sources():
     folders = [PACKAGE / "engine", PACKAGE / "profiling", ROOT / "tests" / "conformance"]
-    return [p for folder in folders if folder.is_dir() for p in sorted(folder.rglob("*.py"))] + [PACKAGE / "run.py"]
+    return [p for folder in folders if folder.is_dir() for p in sorted(folder.rglob("*.py"))] + [
+        PACKAGE / f"{name}.py" for name in ("assembly", "cost", "run")
+    ]
 
 
 @pytest.mark.parametrize("path", shared_sources(), ids=lambda p: str(p.relative_to(ROOT)))
