@@ -1,0 +1,52 @@
+"""Which implementation of an operation runs: its Triton kernel where there is one to run, else plain PyTorch.
+
+Triton runs on CUDA tensors, and on CPU tensors under its interpreter (`TRITON_INTERPRET=1`, for tests). A CUDA machine
+without Triton computes the same in plain PyTorch and says so once.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+logger = logging.getLogger("peftbench")
+
+
+@functools.cache
+def _installed() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@functools.cache
+def _say_missing() -> None:
+    logger.warning("Triton is not installed: kernels run in plain PyTorch, slower (pip install 'peftbench[gpu]')")
+
+
+def interpreted() -> bool:
+    """Return whether Triton kernels run in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def use_triton(tensor: Tensor) -> bool:
+    """Return whether a Triton kernel can run on `tensor`; a CUDA tensor without Triton is worth one warning."""
+    if shapes_only(tensor):
+        return False
+    if tensor.device.type != "cuda":
+        return interpreted() and _installed() and tensor.device.type == "cpu"
+    if not _installed():
+        _say_missing()
+        return False
+    return True
+
+
+def shapes_only(tensor: Tensor) -> bool:
+    """Return whether `tensor` has a shape but no data: on the meta device, or fake."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
