@@ -23,6 +23,7 @@ QUANTIZATIONS = tuple(
 SCHEDULES = ("linear", "constant", "cosine")
 PRECISIONS = ("fp32", "bf16")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit")
+EXECUTIONS = ("eager", "compiled", "graphs")
 PROTOCOLS = ("held_out", "paper")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -114,6 +115,7 @@ class TrainConfig:
     max_length: int | None = None
     optimizer: str = "adamw"
     precision: str = "fp32"
+    execution: str = "eager"
     dropout: float | None = None
     accumulation: int = 1
     checkpointing: bool = False
@@ -135,6 +137,7 @@ class TrainConfig:
         in_range("train.max_length", self.max_length, 4)
         one_of("train.optimizer", self.optimizer, OPTIMIZERS)
         one_of("train.precision", self.precision, PRECISIONS)
+        one_of("train.execution", self.execution, EXECUTIONS)
         in_range("train.dropout", self.dropout, 0, 1, open_high=True)
         in_range("train.accumulation", self.accumulation, 1)
         in_range("train.evaluate_every", self.evaluate_every, 1)

@@ -46,15 +46,17 @@ def file_name(name: str) -> str:
 
 
 DEFAULT_OPTIMIZER = "adamw"
+DEFAULT_EXECUTION = "eager"
 
 
 def train_content(train: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a run's `train` section changes its result.
 
     Epochs say nothing when steps are given, and the size of evaluation batches changes no metric. The default optimizer
-    goes without saying: sections written before there was a choice do not name it.
+    and the default execution go without saying: sections written before there was a choice do not name them.
     """
-    kept = {k: v for k, v in train.items() if k != "eval_batch_size" and (k, v) != ("optimizer", DEFAULT_OPTIMIZER)}
+    unsaid = {"optimizer": DEFAULT_OPTIMIZER, "execution": DEFAULT_EXECUTION}
+    kept = {k: v for k, v in train.items() if k != "eval_batch_size" and (k not in unsaid or v != unsaid[k])}
     if kept.get("steps") is not None:
         kept.pop("epochs", None)
     return kept
@@ -119,7 +121,7 @@ def profile_id(spec: RunSpec, cost_free: Iterable[str]) -> str:
     """
     free = set(cost_free)
     train_keys = ("batch_size", "max_length", "precision", "accumulation", "checkpointing", "dropout")
-    named = {k: v for k, v in train_content(spec.train).items() if k == "optimizer"}
+    named = {k: v for k, v in train_content(spec.train).items() if k in ("optimizer", "execution")}
     return digest(
         {
             "model": spec.model,

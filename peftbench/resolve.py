@@ -179,6 +179,27 @@ class Resolver:
             )
         return True
 
+    def _check_execution(self, train: TrainConfig, name: str, method: Any) -> bool:
+        """Raise UserError unless whole steps of this recipe and method can be captured, where that is asked for."""
+        from peftbench.methods.base import Method
+
+        if train.execution != "graphs":
+            return True
+        hindrance = None
+        if self.device != "cuda":
+            hindrance = f"a CUDA graph needs device=cuda, this is {self.device}"
+        elif type(method).after_step.__func__ is not Method.after_step.__func__:  # type: ignore[attr-defined]
+            hindrance = f"method {name} acts after steps, on the host's plan"
+        elif type(method).base_optimizer is not Method.base_optimizer:
+            hindrance = f"method {name} has an optimizer of its own, which counts its steps on the host"
+        elif train.optimizer.startswith("paged_"):
+            hindrance = f"train.optimizer={train.optimizer} moves pages between GPU and host"
+        elif train.checkpointing:
+            hindrance = "train.checkpointing=true asks for the generator's state, which a capture does not give"
+        if hindrance is not None:
+            raise UserError(f"train.execution=graphs: {hindrance}; expected eager")
+        return True
+
     # Points.
 
     def spec(self, point: Point) -> RunSpec:
@@ -218,6 +239,10 @@ class Resolver:
         self._once(
             ("optimizer", train.optimizer, parts["method"][2]),
             lambda: self._check_optimizer(train.optimizer, parts["method"][0], method),
+        )
+        self._once(
+            ("execution", parts["train"][2], parts["method"][2]),
+            lambda: self._check_execution(train, parts["method"][0], method),
         )
         recipe = self._once(
             ("recipe", parts["train"][2], parts["method"][0], parts["task"][2]),
