@@ -169,9 +169,9 @@ class Assembly:
 
 
 @contextmanager
-def assembled(setting: Setting) -> Iterator[Assembly]:
-    """Attach methods and head to the base; everything comes off when the context ends."""
-    backbone = backbone_of(setting)
+def assembled(setting: Setting, backbone: Backbone | None = None) -> Iterator[Assembly]:
+    """Attach methods and head to the base (None: the settings' own); everything comes off when the context ends."""
+    backbone = backbone or backbone_of(setting)
     model = backbone.model
     seeds = [s.seed for s in setting.specs]
     with _configured(model, setting):
