@@ -1,0 +1,347 @@
+"""Frozen maps that share an input, each with a low-rank product beside it: one operation forward, one backward.
+
+    y_i = g_i ⊙ (x W_iᵀ + s · x a_i b_i) + bias_i        i: the maps; g_i is 1 unless given
+
+    u = x (s · [a_1 … a_n]),   y_i = u_i b_i,   y_i += x W_iᵀ
+    ∂u_i = ∂y_i b_iᵀ,   ∂b_i = u_iᵀ ∂y_i,   ∂x = ∂u [a_1 … a_n]ᵀ,   ∂x += Σ ∂y_i W_i,   ∂a = s · xᵀ ∂u
+
+The small product is made first and the frozen one added to it in place: a matrix product reads what it adds to while it
+computes, an addition afterwards would be a pass of its own over [N, D_out]; the sum is also rounded once, not twice.
+The input is saved once for all maps (not at all where no a_i trains), the outputs only where a gain needs them, and
+the frozen weights never: a weight kept in 4 bits is made again for the backward pass.
+
+A gain (DoRA's magnitude over norm) scales rows of the weight and columns of b instead of [N, D_out], for one run; its
+gradient is Σ_n ∂y ⊙ y / g, less what bias is in y. Where nobody else keeps y, `keep=False` makes it again.
+
+Shapes: runs R, rows N a run, x [R, N, D_in], a_i [R, D_in, r], b_i [R, r, D_out], W_i [D_out, D_in], g_i [R, D_out].
+Under `torch.compile` each direction is one opaque operation: nothing inside could be fused with its surroundings, and a
+partitioner that sees the parts would keep more of them than it should.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftbench.kernels.column_dot import column_dot
+
+DENSE, TRANSPOSED = "dense", "transposed"
+
+Unpack = Callable[[list[Tensor], str, torch.dtype], Tensor]
+UNPACK: dict[str, Unpack] = {}
+"""How a weight kept otherwise becomes dense [D_out, D_in], by the first word of its kind."""
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A frozen map: the tensors of its weight, what they are (`DENSE`, `TRANSPOSED`, or of `UNPACK`), its bias."""
+
+    parts: tuple[Tensor, ...]
+    kind: str
+    bias: Tensor | None
+    keep: bool = True
+    """Save the output where the backward pass needs it, or make it again."""
+
+
+def weight_of(parts: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
+    """Return a frozen weight [D_out, D_in]."""
+    if kind == DENSE:
+        return parts[0].to(dtype)
+    if kind == TRANSPOSED:
+        return parts[0].t().to(dtype)
+    return UNPACK[kind.partition(" ")[0]](parts, kind, dtype)
+
+
+def reference(
+    x: Tensor,
+    frozen: Sequence[Frozen],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scale: Tensor | None = None,
+    gains: Sequence[Tensor] = (),
+) -> list[Tensor]:
+    """Return the outputs [R, N, D_out] by the formula, one pass for each term."""
+    outputs = []
+    for i, f in enumerate(frozen):
+        low = (x @ a[i].to(x.dtype)) @ b[i].to(x.dtype)
+        y = x @ weight_of(list(f.parts), f.kind, x.dtype).t() + (low if scale is None else scale.to(x.dtype) * low)
+        y = y * gains[i].to(x.dtype).unsqueeze(1) if gains else y
+        outputs.append(y if f.bias is None else y + f.bias.to(x.dtype))
+    return outputs
+
+
+def low_rank_linear(
+    x: Tensor,
+    frozen: Sequence[Frozen],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scale: Tensor | None = None,
+    gains: Sequence[Tensor] = (),
+) -> tuple[Tensor, ...]:
+    """Return the outputs [R, N, D_out] of maps that share `x`; differentiable in x, a, b and gains.
+
+    Args:
+        x: [R, N, D_in] in the dtype to compute with.
+        a, b: factors in any dtype, [R, D_in, r] and [R, r, D_out].
+        scale: [R, 1, 1], constant.
+        gains: none, or [R, D_out] for every map.
+    """
+    out: tuple[Tensor, ...] = _LowRankLinear.apply(x, tuple(frozen), scale, *a, *b, *gains)
+    return out
+
+
+class _LowRankLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, frozen: tuple[Frozen, ...], scale: Tensor | None, *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        n = len(frozen)
+        raw, gains = factors[:n], list(factors[2 * n :])
+        a = torch.cat(raw, dim=2) if n > 1 else raw[0]
+        a = (a if scale is None else a * scale).to(x.dtype)
+        b = [t.to(x.dtype) for t in factors[n : 2 * n]]
+        parts, kinds, keeps = _flat(frozen)
+        biases = [f.bias for f in frozen]
+        if torch.compiler.is_compiling():
+            u, *outputs = _forward_op(x, a, b, parts, ";".join(kinds), biases, gains)
+        else:
+            u, *outputs = _forward(x, a, b, parts, kinds, biases, gains)
+        kept = [y for y, keep in zip(outputs, keeps, strict=True) if keep] if gains else []
+        again = bool(gains) and not all(keeps)
+        trains = any(ctx.needs_input_grad[3 : 3 + n])
+        ctx.save_for_backward(x if trains or again else None, scale, a, u, *b, *gains, *kept)
+        ctx.frozen = frozen
+        ctx.ranks = [t.shape[2] for t in raw]
+        ctx.dtypes = [t.dtype for t in factors]
+        ctx.shape = x.shape
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        frozen, n = ctx.frozen, len(ctx.frozen)
+        x, scale, a, u, *rest = ctx.saved_tensors
+        b, gains, kept = rest[:n], rest[n : n + (n if len(ctx.dtypes) > 2 * n else 0)], rest[n:]
+        kept = kept[len(gains) :]
+        parts, kinds, keeps = _flat(frozen)
+        given = [
+            u.new_zeros((*u.shape[:2], t.shape[2])) if g is None else g.contiguous()
+            for g, t in zip(gradients, b, strict=True)
+        ]
+        needs_x = ctx.needs_input_grad[0]
+        needs_a = any(ctx.needs_input_grad[3 : 3 + n])
+        biases = [f.bias for f in frozen]
+        if torch.compiler.is_compiling():
+            found = _backward_op(
+                x, a, u, b, parts, ";".join(kinds), biases, gains, kept, keeps, given, needs_x, needs_a
+            )
+        else:
+            found = _backward(x, a, u, b, parts, kinds, biases, gains, kept, keeps, given, needs_x, needs_a)
+        dx, da, *others = found
+        db, dg = others[:n], others[n:]
+        das: list[Tensor | None] = [None] * n
+        if needs_a:
+            split = da.split(ctx.ranks, dim=2) if n > 1 else [da]
+            # In one operation: scaled, in the factor's dtype, contiguous
+            das = [
+                (t if scale is None else t * scale).to(dtype) for t, dtype in zip(split, ctx.dtypes[:n], strict=True)
+            ]
+        dbs = [t.to(dtype) for t, dtype in zip(db, ctx.dtypes[n : 2 * n], strict=True)]
+        return (dx if needs_x else None, None, None, *das, *dbs, *dg)
+
+
+def _flat(frozen: Sequence[Frozen]) -> tuple[list[Tensor], list[str], list[bool]]:
+    """Return all weights' tensors in a row, each map's kind with how many of them are its own, and what it keeps."""
+    return (
+        [t for f in frozen for t in f.parts],
+        [f"{f.kind} {len(f.parts)}" for f in frozen],
+        [f.keep for f in frozen],
+    )
+
+
+def _weights(parts: list[Tensor], kinds: list[str]) -> list[tuple[list[Tensor], str]]:
+    """Undo `_flat`."""
+    found, start = [], 0
+    for kind in kinds:
+        name, _, count = kind.rpartition(" ")
+        found.append((parts[start : start + int(count)], name))
+        start += int(count)
+    return found
+
+
+def _scaled(weight: Tensor, gains: list[Tensor], i: int) -> Tensor:
+    """Return diag(g_i) W_i for one run."""
+    return weight * gains[i][0].to(weight.dtype).unsqueeze(1) if gains and gains[i].shape[0] == 1 else weight
+
+
+def _product(x: Tensor, u: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> Tensor:
+    """Return one map's output; `weight` carries the gain already where there is one run."""
+    runs, rows, width = x.shape
+    if gain is not None and runs == 1:
+        b = b * gain.to(b.dtype).unsqueeze(1)
+    late = gain is not None and runs > 1
+    if runs == 1:
+        y = torch.mm(u[0], b[0]) if bias is None else torch.addmm(bias.to(x.dtype), u[0], b[0])
+        y.addmm_(x[0], weight.t())
+        return y.unsqueeze(0)
+    if bias is None or late:
+        y = torch.bmm(u, b)
+    else:
+        y = torch.baddbmm(bias.to(x.dtype).expand(runs, 1, -1), u, b)
+    y.view(runs * rows, -1).addmm_(x.reshape(runs * rows, width), weight.t())
+    if late:
+        assert gain is not None
+        y.mul_(gain.to(y.dtype).unsqueeze(1))
+        y = y if bias is None else y.add_(bias.to(y.dtype))
+    return y
+
+
+def _small(x: Tensor, a: Tensor) -> Tensor:
+    return torch.mm(x[0], a[0]).unsqueeze(0) if x.shape[0] == 1 else torch.bmm(x, a)
+
+
+def _forward(
+    x: Tensor,
+    a: Tensor,
+    b: list[Tensor],
+    parts: list[Tensor],
+    kinds: list[str],
+    biases: list[Tensor | None],
+    gains: list[Tensor],
+) -> list[Tensor]:
+    """Return u [R, N, all ranks] and the outputs."""
+    u = _small(x, a)
+    inner = u.split([t.shape[1] for t in b], dim=2) if len(b) > 1 else [u]
+    outputs = []
+    for i, (tensors, kind) in enumerate(_weights(parts, kinds)):
+        weight = _scaled(weight_of(tensors, kind, x.dtype), gains, i)
+        outputs.append(_product(x, inner[i], b[i], weight, biases[i], gains[i] if gains else None))
+    return [u, *outputs]
+
+
+def _backward(
+    x: Tensor | None,
+    a: Tensor,
+    u: Tensor,
+    b: list[Tensor],
+    parts: list[Tensor],
+    kinds: list[str],
+    biases: list[Tensor | None],
+    gains: list[Tensor],
+    kept: list[Tensor],
+    keeps: list[bool],
+    gradients: list[Tensor],
+    needs_x: bool,
+    needs_a: bool,
+) -> list[Tensor]:
+    """Return ∂x, ∂(scaled, joined a) (each empty unless needed), ∂b of every map, and ∂g where there are gains."""
+    runs, rows = u.shape[:2]
+    one = runs == 1
+    widths = [t.shape[1] for t in b]
+    inner = u.split(widths, dim=2) if len(b) > 1 else [u]
+    du = torch.empty_like(u) if len(b) > 1 else None
+    places = du.split(widths, dim=2) if du is not None else []
+    weights = _weights(parts, kinds)
+    db: list[Tensor] = []
+    dg: list[Tensor] = []
+    outputs = iter(kept)
+    for i, given in enumerate(gradients):
+        gain = gains[i] if gains else None
+        if gain is not None:
+            if keeps[i]:
+                y = next(outputs)
+            else:
+                assert x is not None
+                weight = _scaled(weight_of(*weights[i], u.dtype), gains, i)
+                y = _product(x, inner[i], b[i], weight, biases[i], gain)
+                del weight
+            total = column_dot(given, y)
+            bias = biases[i]
+            if bias is not None:
+                total = total - bias.float() * given.sum(dim=1, dtype=torch.float32)
+            tiny = torch.finfo(torch.float32).tiny
+            dg.append(total / torch.where(gain.abs() < tiny, tiny, gain))
+            del y
+        factor = b[i] if gain is None or not one else b[i] * gain.to(u.dtype).unsqueeze(1)
+        dz = given if gain is None or one else given * gain.to(u.dtype).unsqueeze(1)
+        if one:
+            if du is None:
+                du = torch.mm(dz[0], factor[0].t()).unsqueeze(0)
+            else:
+                torch.mm(dz[0], factor[0].t(), out=places[i][0])
+            change = torch.mm(inner[i][0].t(), dz[0]).unsqueeze(0)
+            db.append(change if gain is None else change * gain.to(u.dtype).unsqueeze(1))
+        else:
+            if du is None:
+                du = torch.bmm(dz, factor.transpose(1, 2))
+            else:
+                places[i].copy_(torch.bmm(dz, factor.transpose(1, 2)))
+            db.append(torch.bmm(inner[i].transpose(1, 2), dz))
+    assert du is not None
+    dx = u.new_empty(0)
+    if needs_x:
+        dx = _small(du, a.transpose(1, 2))
+        flat = dx.view(runs * rows, -1)
+        for i, given in enumerate(gradients):
+            weight = _scaled(weight_of(*weights[i], u.dtype), gains, i)
+            dz = given if not gains or one else given * gains[i].to(u.dtype).unsqueeze(1)
+            flat.addmm_(dz.view(runs * rows, -1), weight)
+    da = u.new_empty(0)
+    if needs_a:
+        assert x is not None
+        da = torch.mm(x[0].t(), du[0]).unsqueeze(0) if one else torch.bmm(x.transpose(1, 2), du)
+    return [dx, da, *db, *dg]
+
+
+# The same two directions as operations that a compiler does not look into.
+
+
+@torch.library.custom_op("peftbench::low_rank_forward", mutates_args=())
+def _forward_op(
+    x: Tensor,
+    a: Tensor,
+    b: list[Tensor],
+    parts: list[Tensor],
+    kinds: str,
+    biases: list[Tensor | None],
+    gains: list[Tensor],
+) -> list[Tensor]:
+    return _forward(x, a, b, parts, kinds.split(";"), biases, gains)
+
+
+@_forward_op.register_fake
+def _(x, a, b, parts, kinds, biases, gains):  # type: ignore[no-untyped-def]
+    shape = x.shape[:2]
+    return [x.new_empty((*shape, a.shape[2])), *(x.new_empty((*shape, t.shape[2])) for t in b)]
+
+
+@torch.library.custom_op("peftbench::low_rank_backward", mutates_args=())
+def _backward_op(
+    x: Tensor | None,
+    a: Tensor,
+    u: Tensor,
+    b: list[Tensor],
+    parts: list[Tensor],
+    kinds: str,
+    biases: list[Tensor | None],
+    gains: list[Tensor],
+    kept: list[Tensor],
+    keeps: list[bool],
+    gradients: list[Tensor],
+    needs_x: bool,
+    needs_a: bool,
+) -> list[Tensor]:
+    return _backward(x, a, u, b, parts, kinds.split(";"), biases, gains, kept, keeps, gradients, needs_x, needs_a)
+
+
+@_backward_op.register_fake
+def _(x, a, u, b, parts, kinds, biases, gains, kept, keeps, gradients, needs_x, needs_a):  # type: ignore[no-untyped-def]
+    runs, rows = u.shape[:2]
+    dx = u.new_empty((runs, rows, a.shape[1]) if needs_x else 0)
+    da = u.new_empty(a.shape if needs_a else 0)
+    return [dx, da, *(torch.empty_like(t) for t in b), *(torch.empty_like(g) for g in gains)]
