@@ -1,4 +1,4 @@
-"""Column sums of an elementwise product, out = Σ_n x_n ⊙ y_n, never written out as a product.
+"""Column sums of an elementwise product, out = Σ_n x_n ⊙ (y_n − c), never written out as a product.
 
 The Triton kernel sums blocks of rows into [splits, R, D] in fp32, which are added up: two launches, and the same bits
 every time. It is bound by reading x and y.
@@ -20,12 +20,15 @@ PROGRAMS = 1024
 """About how many programs share the work."""
 
 
-def reference(x: Tensor, y: Tensor) -> Tensor:
-    """Return the sums [R, D] in fp32 of x and y [R, N, D], a block of columns at a time."""
-    parts = [
-        (p.float() * q.float()).sum(dim=1) for p, q in zip(x.split(1024, dim=2), y.split(1024, dim=2), strict=True)
-    ]
-    return torch.cat(parts, dim=1)
+def reference(x: Tensor, y: Tensor, offset: Tensor | None = None) -> Tensor:
+    """Return the sums [R, D] of x and y [R, N, D], in fp32 or better, a block of columns at a time."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    sums = []
+    for start in range(0, x.shape[2], 1024):
+        block = slice(start, start + 1024)
+        q = y[..., block].to(wide)
+        sums.append((x[..., block].to(wide) * (q if offset is None else q - offset[block].to(wide))).sum(dim=1))
+    return torch.cat(sums, dim=1)
 
 
 @functools.cache
@@ -34,11 +37,16 @@ def _kernel() -> Any:
     import triton.language as tl
 
     @triton.jit
-    def kernel(x_ptr, y_ptr, out_ptr, n, d, span, rows: tl.constexpr, columns: tl.constexpr):  # type: ignore[no-untyped-def]
+    def kernel(  # type: ignore[no-untyped-def]
+        x_ptr, y_ptr, c_ptr, out_ptr, n, d, span, shifted: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr
+    ):
         run = tl.program_id(2).to(tl.int64)
         split = tl.program_id(1)
         column = tl.program_id(0) * columns + tl.arange(0, columns)
         inside = column < d
+        shift = tl.zeros((columns,), dtype=tl.float32)
+        if shifted:
+            shift = tl.load(c_ptr + column, mask=inside, other=0.0).to(tl.float32)
         total = tl.zeros((columns,), dtype=tl.float32)
         stop = tl.minimum((split + 1) * span, n)
         for start in range(split * span, stop, rows):
@@ -47,17 +55,17 @@ def _kernel() -> Any:
             valid = (row < stop)[:, None] & inside[None, :]
             x = tl.load(x_ptr + place, mask=valid, other=0.0).to(tl.float32)
             y = tl.load(y_ptr + place, mask=valid, other=0.0).to(tl.float32)
-            total += tl.sum(x * y, axis=0)
+            total += tl.sum(x * (y - shift[None, :]), axis=0)
         runs = tl.num_programs(2)
         tl.store(out_ptr + (split.to(tl.int64) * runs + run) * d + column, total, mask=inside)
 
     return kernel
 
 
-def column_dot(x: Tensor, y: Tensor) -> Tensor:
-    """Return Σ over rows of x ⊙ y, [R, D] in fp32, for x and y [R, N, D]."""
+def column_dot(x: Tensor, y: Tensor, offset: Tensor | None = None) -> Tensor:
+    """Return Σ over rows of x ⊙ (y − offset), [R, D] in fp32, for x and y [R, N, D] and offset [D] (None: 0)."""
     if not use_triton(x):
-        return reference(x, y)
+        return reference(x, y, offset)
     import triton
 
     x, y = x.contiguous(), y.contiguous()
@@ -67,6 +75,9 @@ def column_dot(x: Tensor, y: Tensor) -> Tensor:
     span = triton.cdiv(triton.cdiv(n, splits), ROWS) * ROWS
     splits = triton.cdiv(n, span)
     out = torch.empty((splits, runs, d), dtype=torch.float32, device=x.device)
+    shift = x if offset is None else offset.contiguous()
     with torch.cuda.device_of(x):
-        _kernel()[(blocks, splits, runs)](x, y, out, n, d, span, rows=ROWS, columns=COLUMNS)
+        _kernel()[(blocks, splits, runs)](
+            x, y, shift, out, n, d, span, shifted=offset is not None, rows=ROWS, columns=COLUMNS
+        )
     return out.sum(dim=0)

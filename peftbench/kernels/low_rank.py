@@ -11,7 +11,7 @@ The input is saved once for all maps (not at all where no a_i trains), the outpu
 the frozen weights never: a weight kept in 4 bits is made again for the backward pass.
 
 A gain (DoRA's magnitude over norm) scales rows of the weight and columns of b instead of [N, D_out], for one run; its
-gradient is Σ_n ∂y ⊙ y / g, less what bias is in y. Where nobody else keeps y, `keep=False` makes it again.
+gradient is Σ_n ∂y ⊙ (y − bias) / g. Where nobody else keeps y, `keep=False` makes it again.
 
 Shapes: runs R, rows N a run, x [R, N, D_in], a_i [R, D_in, r], b_i [R, r, D_out], W_i [D_out, D_in], g_i [R, D_out].
 Under `torch.compile` each direction is one opaque operation: nothing inside could be fused with its surroundings, and a
@@ -260,10 +260,7 @@ def _backward(
                 weight = _scaled(weight_of(*weights[i], u.dtype), gains, i)
                 y = _product(x, inner[i], b[i], weight, biases[i], gain)
                 del weight
-            total = column_dot(given, y)
-            bias = biases[i]
-            if bias is not None:
-                total = total - bias.float() * given.sum(dim=1, dtype=torch.float32)
+            total = column_dot(given, y, biases[i])
             tiny = torch.finfo(torch.float32).tiny
             dg.append(total / torch.where(gain.abs() < tiny, tiny, gain))
             del y
