@@ -9,11 +9,17 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar, cast
 
 from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 logger = logging.getLogger("peftbench")
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @functools.cache
@@ -50,3 +56,18 @@ def use_triton(tensor: Tensor) -> bool:
 def shapes_only(tensor: Tensor) -> bool:
     """Return whether `tensor` has a shape but no data: on the meta device, or fake."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def constant(make: Callable[P, T]) -> Callable[P, T]:
+    """Keep what a function of plain values returns; its tensors are real ones even where only shapes are traced.
+
+    A table first asked for within such a trace would otherwise have no data, then and in every later call.
+    """
+
+    @functools.cache
+    @functools.wraps(make)
+    def made(*args: P.args, **kwargs: P.kwargs) -> T:
+        with unset_fake_temporarily():
+            return make(*args, **kwargs)
+
+    return cast("Callable[P, T]", made)

@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peftbench.kernels.backend import constant
+
 logger = logging.getLogger(__name__)
 
 KINDS = ("nf4", "fp4")
@@ -42,7 +44,7 @@ CHUNK = 2**24
 """Elements quantized at a time, a multiple of every block: bounds the temporary tensors."""
 
 
-@functools.cache
+@constant
 def codebook(kind: str, device: torch.device | str = "cpu") -> Tensor:
     """Return the 16 values of "nf4" or "fp4", fp32, in the order of their codes; do not write into it.
 
@@ -64,7 +66,7 @@ def codebook(kind: str, device: torch.device | str = "cpu") -> Tensor:
     return (values / values.max()).to(device)
 
 
-@functools.cache
+@constant
 def dynamic_map(signed: bool = True, device: torch.device | str = "cpu") -> Tensor:
     """Return the 256 values of the dynamic 8-bit map, fp32, ascending; do not write into it.
 
@@ -81,7 +83,7 @@ def dynamic_map(signed: bool = True, device: torch.device | str = "cpu") -> Tens
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
-@functools.cache
+@constant
 def _boundaries(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return ascending boundaries [15] and codes [16]: code i is for values above boundary i - 1, up to boundary i."""
     with torch.device("cpu"):
@@ -173,7 +175,7 @@ def dequantize_4bit(
     return _rescaled(values, absmax, block).view(*shape).to(dtype)
 
 
-@functools.cache
+@constant
 def _pairs(kind: str, device: torch.device) -> Tensor:
     """Return the two values that each byte stands for, [256, 2]."""
     values, byte = codebook(kind), torch.arange(256, device="cpu")

@@ -14,7 +14,6 @@ the entry's mirror image, wherever those lie in that half.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftbench.kernels.backend import constant
 from peftbench.methods.base import Card, LinearDelta, Method, Targets, Traits, normal, require
 from peftbench.methods.dense_change import add_product
 from peftbench.methods.peft_format import SiteFormat, fan_in_fan_out, refuse, same, target_modules, targets
 from peftbench.models.roles import Site, linear_sites
 
 
-@functools.lru_cache(maxsize=64)
+@constant
 def entries(rows: int, columns: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return row and column of `count` distinct entries of a matrix, as HF PEFT draws them; do not write into them."""
     chosen = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(seed))[:count]
