@@ -1,0 +1,196 @@
+"""Cross-entropy of a linear output layer over a large vocabulary, without ever holding all logits.
+
+    z_n = W h_n + b,    loss_n = log Σ_v exp z_nv - z_{n, y_n},    ∂loss_n/∂z_n = softmax(z_n) - onehot(y_n)
+
+Rows go through in chunks. A chunk's logits become its gradient in place, in the forward pass, so that what stays for
+the backward pass is as large as the hidden states and, where W trains, as W: neither grows with rows times vocabulary.
+Computing the gradient beside the loss is the idea of Wijmans et al. 2024 (arXiv:2411.09009, section 4), which goes on
+to keep even single logits in on-chip memory; here every product stays an ordinary matrix product.
+
+Logits and their gradient are kept in the dtype of the product (under autocast: autocast's); sums, exponentials and
+losses are fp32. Shape letters: rows N, width D, vocabulary V, groups G.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peftbench.kernels.backend import shapes_only, use_triton
+
+IGNORED = -100
+"""The label of a row without loss and gradient."""
+
+CHUNK_BYTES = 2**28
+"""Logits held at once, about: of this size products and the kernel are far longer than their launches."""
+
+ROWS = 256
+"""Chunks have a multiple of so many rows, and no fewer: below, matrix products leave a GPU idle."""
+
+PITCH = 64
+"""Rows of logits begin at multiples of so many elements, as fast matrix products ask; few vocabularies are such."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    groups: int | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """Return each row's loss [N], or with `groups` the sums [G] over G equal parts of the rows in order; in fp32.
+
+    Gradients reach `hidden` and `weight`. They are computed in the forward pass, before anything is known of what the
+    losses are multiplied with; so `weight` can only train where that is one number, `groups=1`. One backward pass is
+    all that a forward pass allows.
+
+    Args:
+        hidden: [N, D].
+        weight: [V, D].
+        labels: [N], -100 where a row counts for nothing.
+        bias: [V], frozen.
+        groups: G; N is a multiple of it.
+        chunk: rows at a time; by default about `CHUNK_BYTES` of logits.
+
+    Raises:
+        ValueError: a weight that trains with `groups` other than 1, a bias that trains, or rows that do not divide.
+    """
+    if groups is not None and len(labels) % groups:
+        raise ValueError(f"groups={groups}: expected a divisor of the {len(labels)} rows")
+    if not torch.is_grad_enabled():
+        return _summed(_pass(hidden, weight, labels, bias, chunk, False, False)[0], groups)
+    if bias is not None and bias.requires_grad:
+        raise ValueError("bias: expected one that does not train")
+    if weight.requires_grad and groups != 1:
+        raise ValueError(f"groups={groups}: expected 1 where the weight trains")
+    result: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, bias, groups, chunk)  # type: ignore[no-untyped-call]
+    return result
+
+
+def chunk_rows(rows: int, vocabulary: int, itemsize: int) -> int:
+    """Return how many rows make chunks of about `CHUNK_BYTES` and of nearly the same size, a multiple of `ROWS`."""
+    most = max(CHUNK_BYTES // (vocabulary * itemsize) // ROWS, 1) * ROWS
+    chunks = max(-(-rows // most), 1)
+    return max(-(-rows // (chunks * ROWS)), 1) * ROWS
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        bias: Tensor | None,
+        groups: int | None,
+        chunk: int | None,
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad
+        losses, *ctx.gradients = _pass(hidden, weight, labels, bias, chunk, wanted[0], wanted[1])
+        ctx.groups, ctx.dtypes = groups, (hidden.dtype, weight.dtype)
+        return _summed(losses, groups)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("linear_cross_entropy: a second backward pass; its gradients are gone after the first")
+        of_hidden, of_weight = ctx.gradients
+        ctx.gradients = None
+        if of_hidden is not None:
+            rows = upstream if ctx.groups is None else upstream.repeat_interleave(len(of_hidden) // ctx.groups)
+            # into the right dtype at once: the product of fp32 factors would be a larger tensor of its own
+            out = torch.empty_like(of_hidden, dtype=ctx.dtypes[0])
+            of_hidden = torch.mul(of_hidden, rows[:, None], out=out)
+        if of_weight is not None:
+            of_weight = of_weight.mul_(upstream[0]).to(ctx.dtypes[1])
+        return of_hidden, of_weight, None, None, None, None
+
+
+def _summed(losses: Tensor, groups: int | None) -> Tensor:
+    return losses if groups is None else losses.view(groups, -1).sum(dim=1)
+
+
+def _pass(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    chunk: int | None,
+    hidden_trains: bool,
+    weight_trains: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return losses [N] and, where wanted, the gradients of their sum: by `hidden` row by row, by `weight` in fp32."""
+    kind = hidden.device.type
+    known = torch.amp.is_autocast_available(kind)  # not to "meta"
+    dtype = torch.get_autocast_dtype(kind) if known and torch.is_autocast_enabled(kind) else hidden.dtype
+    (rows, width), vocabulary = hidden.shape, weight.shape[0]
+    chunk = chunk or chunk_rows(rows, vocabulary, dtype.itemsize)
+    labels = labels.contiguous()
+    pitch = -(-vocabulary // PITCH) * PITCH
+    losses = hidden.new_empty(rows, dtype=torch.float32)
+    of_hidden = hidden.new_empty((rows, width), dtype=dtype) if hidden_trains else None
+    of_weight = weight.new_zeros(weight.shape, dtype=torch.float32) if weight_trains else None
+    buffer = hidden.new_empty((min(chunk, rows), pitch), dtype=dtype)
+    with torch.no_grad(), torch.autocast(kind, enabled=False) if known else nullcontext():
+        matrix = weight.to(dtype)
+        offset = None if bias is None else bias.to(dtype)
+        for start in range(0, rows, chunk):
+            part = slice(start, min(start + chunk, rows))
+            states = hidden[part].to(dtype)
+            logits = buffer[: len(states), :vocabulary]
+            if offset is None:
+                torch.mm(states, matrix.t(), out=logits)
+            else:
+                torch.addmm(offset, states, matrix.t(), out=logits)
+            softmax_loss_(logits, labels[part], losses[part], hidden_trains or weight_trains)
+            if of_hidden is not None:
+                torch.mm(logits, matrix, out=of_hidden[part])
+            if of_weight is not None:
+                _add_product_(of_weight, logits, states)
+    return losses, of_hidden, of_weight
+
+
+def _add_product_(total: Tensor, gradient: Tensor, states: Tensor) -> None:
+    """Add gradientᵀ states, [V, n] times [n, D], to the fp32 `total` [V, D]."""
+    if states.dtype == total.dtype:
+        total.addmm_(gradient.t(), states)
+        return
+    # a product of halves is rounded to halves before it is added; in blocks, so that it stays small
+    block = max(CHUNK_BYTES // 4 // (states.shape[1] * states.element_size()), 1)
+    for start in range(0, len(total), block):
+        total[start : start + block] += gradient[:, start : start + block].t() @ states
+
+
+def softmax_loss_(logits: Tensor, labels: Tensor, losses: Tensor, gradient: bool) -> None:
+    """Write the losses of `logits` [n, V] into `losses` [n] fp32 and, with `gradient`, theirs by the logits over these.
+
+    The logits are used up in any case. Their rows lie a multiple of `PITCH` elements apart; so is what lies between.
+    """
+    if use_triton(logits):
+        from peftbench.kernels import cross_entropy_triton
+
+        cross_entropy_triton.softmax_loss_(logits, labels, losses, gradient, IGNORED)
+    elif not (shapes_only(logits) and logits.device.type != "cpu"):  # the kernel allocates nothing
+        reference_softmax_loss_(logits, labels, losses, gradient)
+
+
+def reference_softmax_loss_(logits: Tensor, labels: Tensor, losses: Tensor, gradient: bool) -> None:
+    """`softmax_loss_` in plain PyTorch: its formula, and what runs where there is no Triton."""
+    counts = labels != IGNORED
+    chosen = labels.where(counts, 0)[:, None]
+    # a copy only where the logits are not fp32
+    scores = logits.float()
+    scores.sub_(scores.amax(1, keepdim=True))
+    own = scores.gather(1, chosen)
+    total = scores.exp_().sum(1, keepdim=True)
+    losses.copy_((total.log() - own)[:, 0].where(counts, 0))
+    if gradient:
+        scores.div_(total).scatter_add_(1, chosen, -torch.ones_like(total))
+        logits.copy_(scores.masked_fill_(~counts[:, None], 0))
