@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from peftbench.engine import moments
 from peftbench.engine.batches import TokenTable, evaluation_batches, make_buckets, packed_batches, steps_per_epoch
 from peftbench.engine.heads import PackedHead, pool
 from peftbench.engine.optimizer import PackedAdamW, Recipe, rate_factor
@@ -103,6 +104,102 @@ def test_packed_adamw_equals_pytorchs_run_by_run(decay: float, clip: float) -> N
         for i, p in enumerate(ours.packed):
             for run in range(3):
                 torch.testing.assert_close(p[run], solos[run][i], rtol=1e-5, atol=1e-6)
+
+
+RECIPES = [
+    Recipe(1e-2, 0.1, 0.5, "linear", 0.2),
+    Recipe(3e-3, 0.0, 0.0, "cosine", 0.0),
+    Recipe(1e-1, 0.2, 1.0, "constant", factor=lambda step, steps: 1 + step / steps),
+]
+
+
+def _trained(steps: int, recipes: list[Recipe], wild: int | None = None) -> PackedAdamW:
+    """Return the optimizer after `steps` of random gradients, those of run `wild` infinite from the third on."""
+    g = torch.Generator().manual_seed(0)
+    packed = [torch.nn.Parameter(torch.randn(len(recipes), *s, generator=g)) for s in [(4, 30), (50,)]]
+    ratios = [[1.0, 1.0, 1.0], [2.0, 1.0, 0.5]]
+    ours = PackedAdamW(packed, [], recipes, steps, ratios=ratios, keep_gradients=True)
+    for step in range(steps):
+        for p in packed:
+            p.grad = torch.randn(p.shape, generator=g)
+            if wild is not None and step >= 2:
+                p.grad[wild] = math.inf
+        ours.step(torch.zeros(len(recipes)))
+    return ours
+
+
+@pytest.mark.parametrize("wild", [None, 1])
+def test_a_step_is_the_formula_with_the_hosts_own_numbers_bit_for_bit(wild: int | None) -> None:
+    steps = 25
+    ours = _trained(steps, RECIPES, wild)
+    g = torch.Generator().manual_seed(0)
+    parts = [torch.randn(3, *s, generator=g).flatten(1) for s in [(4, 30), (50,)]]
+    theta = torch.cat(parts, dim=1)
+    mean, square = torch.zeros_like(theta), torch.zeros_like(theta)
+    alive = torch.ones(3, 1, dtype=torch.bool)
+    clip = torch.tensor([0.5, math.inf, 1.0])
+    decay = torch.tensor([[0.1], [0.0], [0.2]]) * (torch.arange(170) < 120)
+    ratios = torch.ones(3, 170)
+    ratios[0, 120:], ratios[2, 120:] = 2.0, 0.5
+    for step in range(steps):
+        grad = torch.cat([torch.randn(3, *s, generator=g).flatten(1) for s in [(4, 30), (50,)]], dim=1)
+        if wild is not None and step >= 2:
+            grad[wild] = math.inf
+        norms = grad.square().sum(dim=1).sqrt()
+        alive &= torch.isfinite(norms)[:, None]
+        shrink = (clip / (norms + 1e-6)).clamp(max=1.0)[:, None]
+        grad = torch.where(alive, grad * shrink, 0.0)
+        mean.lerp_(grad, 1 - 0.9)
+        square.mul_(0.999).addcmul_(grad, grad, value=1 - 0.999)
+        update = mean / (1 - 0.9 ** (step + 1)) / ((square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+        update = torch.addcmul(update, decay, theta) * ratios
+        rates = torch.tensor([[r.rate(step, steps)] for r in RECIPES])
+        theta = theta - torch.where(alive, update * rates, 0.0)
+    assert torch.equal(ours.flat, theta)
+    assert torch.equal(ours.end().gradient(ours.packed[1]), grad[:, 120:])
+    assert ours.alive.tolist() == [run != wild for run in range(3)]
+    assert ours.step_count == int(ours._row) == steps
+
+
+def test_a_large_update_by_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    unclipped = [Recipe(r.learning_rate, r.weight_decay) for r in RECIPES]
+    whole = _trained(5, unclipped)
+    assert len(list(whole._moments.chunks())) == 1
+    monkeypatch.setattr(moments, "WHOLE", 170 * 3)
+    monkeypatch.setattr(moments, "CHUNK", 48)
+    chunked = _trained(5, unclipped)
+    assert len(list(chunked._moments.chunks())) == 11
+    assert torch.equal(whole.flat, chunked.flat)
+
+
+def test_the_largest_temporary_is_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    monkeypatch.setattr(moments, "WHOLE", 4096)
+    monkeypatch.setattr(moments, "CHUNK", 512)
+    p = torch.nn.Parameter(torch.randn(2, 40, 60))
+    optimizer = PackedAdamW([p], [], [Recipe(1e-2)] * 2, 3)
+    made: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            old = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+            if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in old:
+                made.append(out.numel())
+            return out
+
+    p.grad = torch.ones_like(p)
+    with Sizes():
+        optimizer.step(torch.zeros(2))
+    assert sorted(made)[-1] == p.numel()  # the gradients of all parameters, joined
+    assert sorted(made)[-2] <= 512
+
+
+def test_no_step_goes_beyond_the_plan() -> None:
+    optimizer = _trained(2, RECIPES)
+    with pytest.raises(AssertionError, match="more steps"):
+        optimizer.step(torch.zeros(3))
 
 
 def test_plain_parameters_follow_the_same_rule() -> None:

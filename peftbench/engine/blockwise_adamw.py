@@ -52,9 +52,11 @@ class BlockwiseAdamW(torch.optim.Optimizer):
     Attributes:
         found_inf: tensor of one element, 1 where this step must change no parameter; None: always 0. Gradients may then
             hold anything.
+        corrections: 1 − β₁ᵗ and 1 − β₂ᵗ of this step, tensors of one element; None: from the steps counted here.
     """
 
     found_inf: Tensor | None = None
+    corrections: tuple[Tensor | float, Tensor | float] | None = None
 
     def __init__(
         self,
@@ -107,5 +109,6 @@ class BlockwiseAdamW(torch.optim.Optimizer):
         with moments.opened(slice(0, gradient.shape[1])) as (mean, square):
             mean.lerp_(gradient, 1 - beta1)
             square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            root = (square / (1 - beta2**self.steps)).sqrt_().add_(group["eps"])
-            return (mean / (1 - beta1**self.steps)).div_(root)
+            first, second = self.corrections or (1 - beta1**self.steps, 1 - beta2**self.steps)
+            root = (square / second).sqrt_().add_(group["eps"])
+            return (mean / first).div_(root)

@@ -25,6 +25,8 @@ from peftbench.kernels import blockwise
 BLOCK = blockwise.DYNAMIC_BLOCK
 CHUNK = 2**22
 """Elements restored at a time, a multiple of the block: bounds the fp32 copies."""
+WHOLE = 2**24
+"""Elements (64 MiB in fp32) from which fp32 moments are updated by chunks too; below, one chunk means fewer kernels."""
 
 Zeros = Callable[[Sequence[int], torch.dtype, torch.device], Tensor]
 
@@ -33,7 +35,7 @@ class Moments(Protocol):
     """First and second moment of a matrix of parameters [R, N]."""
 
     def chunks(self) -> Iterator[slice]:
-        """Return slices of columns that cover all of them, each small enough to be opened."""
+        """Return slices of columns that cover all of them, at least one, each small enough to be opened."""
 
     def read(self, columns: slice) -> tuple[Tensor, Tensor]:
         """Return both moments of some columns in fp32; not to be changed."""
@@ -55,7 +57,9 @@ class Dense:
         self.mean, self.square = (zeros((rows, columns), torch.float32, device) for _ in range(2))
 
     def chunks(self) -> Iterator[slice]:
-        yield slice(0, self.mean.shape[1])
+        rows, columns = self.mean.shape
+        width = columns if rows * columns < WHOLE else max(CHUNK // rows, 1)
+        yield from _slices(columns, width)
 
     def read(self, columns: slice) -> tuple[Tensor, Tensor]:
         return self.mean[:, columns], self.square[:, columns]
@@ -84,8 +88,7 @@ class Blockwise:
     def chunks(self) -> Iterator[slice]:
         rows, columns = self._codes[0].shape
         width = max(CHUNK // rows // BLOCK, 1) * BLOCK
-        for start in range(0, columns, width):
-            yield slice(start, min(start + width, columns))
+        yield from _slices(columns, width)
 
     def read(self, columns: slice) -> tuple[Tensor, Tensor]:
         mean, square = (self._restored(i, columns) for i in range(2))
@@ -115,6 +118,12 @@ class Blockwise:
 
     def tensors(self) -> list[Tensor]:
         return [*self._codes, *self._scales]
+
+
+def _slices(columns: int, width: int) -> Iterator[slice]:
+    """Return slices of `width` columns, the last one narrower; an empty one where there are no columns."""
+    for start in range(0, max(columns, 1), max(width, 1)):
+        yield slice(start, min(start + width, columns))
 
 
 def whole_blocks(count: int) -> int:

@@ -5,12 +5,16 @@
 Source: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2. As is usual, vectors (biases, norms, scales) do not
 decay. A run whose loss or gradient is no longer finite is frozen where it stands; its neighbours never notice.
 The moments m and v are kept as `moments.Storage` says: in fp32 or in 8 bits, on the device or paged.
+
+A step asks the host for nothing that changes from step to step: rates and bias corrections lie in a table on the
+device, whose row a counter there picks. The same code runs eagerly and replayed from a CUDA graph (`engine.graphs`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +112,10 @@ class PackedAdamW:
         table = [[r.rate(step, steps) for r in recipes] for step in range(steps)]
         self.rates = table
         """Learning rate by step and run, on the host."""
-        self._rates = torch.tensor(table, dtype=torch.float32, device=device).unsqueeze(-1)
+        # Row t: every run's rate, then 1 − β₁ᵗ⁺¹ and 1 − β₂ᵗ⁺¹, computed in float64.
+        rows = [[*rates, 1 - beta1**t, 1 - beta2**t] for t, rates in enumerate(table, start=1)]
+        self._table = torch.tensor(rows, dtype=torch.float32, device=device)
+        self._row = torch.zeros(1, dtype=torch.int64, device=device)
         self._clip = torch.tensor([r.clip_norm or math.inf for r in recipes], device=device)
         self.alive = torch.ones(self.runs, dtype=torch.bool, device=device)
         """Runs that have stayed finite so far [R]."""
@@ -177,7 +184,7 @@ class PackedAdamW:
 
     def state_tensors(self) -> list[Tensor]:
         """Return the tensors kept between steps."""
-        state = [self.flat, *self._moments.tensors(), self._rates]
+        state = [self.flat, *self._moments.tensors(), self._table, self._row]
         state += [t for t in (self._ratios, self._decay) if t is not None]
         if self._fused is not None:
             state += [t for s in self._fused.state.values() for t in s.values() if isinstance(t, Tensor)]
@@ -186,21 +193,47 @@ class PackedAdamW:
     @torch.no_grad()
     def step(self, losses: Tensor) -> None:
         """Update every run whose `losses` [R] and gradients are finite, and clear the gradients."""
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.packed]
-        grad = torch.cat([*(g.reshape(self.runs, -1) for g in grads), self._padding], dim=1) if grads else self.flat
-        squares = grad.square().sum(dim=1)
+        assert self.step_count < len(self.rates), "more steps than the optimizer was made for"
+        grad = self._flat_gradient()
+        first, *others = (grad[:, columns].square().sum(dim=1) for columns in self._moments.chunks())
+        squares = sum(others, start=first)
         plain_grads = [p.grad for p in self.plain if p.grad is not None]
         if plain_grads:
             squares = squares + torch.stack(torch._foreach_norm(plain_grads)).square().sum()
         norms = squares.sqrt()
-        self.alive &= torch.isfinite(norms) & torch.isfinite(losses)
+        # x · 0 is 0 where x is finite, else NaN, which equals nothing
+        self.alive &= norms * 0 == losses * 0
         shrink = (self._clip / (norms + 1e-6)).clamp(max=1.0)
-        self._update_packed(grad, shrink.unsqueeze(-1))
+        now = self._table.index_select(0, self._row)[0]
+        self._update_packed(grad, shrink.unsqueeze(-1), now)
         if self._fused is not None:
-            self._update_plain(plain_grads, shrink)
-        for p in self.packed + self.plain:
+            self._update_plain(plain_grads, shrink, now)
+        for p in self.plain:
             p.grad = None
+        self._row.add_(1)
         self.step_count += 1
+
+    def _flat_gradient(self) -> Tensor:
+        """Return all packed gradients as one tensor [R, N], and clear them."""
+        if not self.packed:
+            return self.flat
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.packed]
+        grad = torch.cat([*(g.reshape(self.runs, -1) for g in parts), self._padding], dim=1)
+        for p in self.packed:
+            p.grad = None
+        return grad
+
+    @contextmanager
+    def capturable(self) -> Iterator[None]:
+        """Let PyTorch's own optimizer of the base be captured in a CUDA graph within the context."""
+        groups = self._fused.param_groups if isinstance(self._fused, torch.optim.AdamW) else []
+        for group in groups:
+            group["capturable"] = True
+        try:
+            yield
+        finally:
+            for group in groups:
+                group["capturable"] = False
 
     def end(self) -> StepEnd:
         """Return what a method sees of the step just made; needs `keep_gradients`."""
@@ -235,32 +268,35 @@ class PackedAdamW:
             for kept, given in zip(moments, (mean, square), strict=True):
                 kept[:, first : first + size] = given.reshape(self.runs, size)
 
-    def _update_packed(self, grad: Tensor, shrink: Tensor) -> None:
+    def _update_packed(self, grad: Tensor, shrink: Tensor, now: Tensor) -> None:
         if not self.packed:
             return
-        t = self.step_count + 1
-        alive = self.alive.unsqueeze(-1)
-        grad = torch.where(alive, grad * shrink, 0.0)
+        rates, first, second = now[: self.runs].unsqueeze(-1), now[-2], now[-1]
+        dead = self.alive.logical_not().unsqueeze(-1)
+        grad.mul_(shrink).masked_fill_(dead, 0.0)
         if self._keep:
             self._gradient = grad
+        # In place, and by chunks: what a step needs beside the gradient is two copies of a chunk.
         for columns in self._moments.chunks():
             g, flat = grad[:, columns], self.flat[:, columns]
             with self._moments.opened(columns) as (mean, square):
                 mean.lerp_(g, 1 - self.beta1)
                 square.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
-                root = (square / (1 - self.beta2**t)).sqrt_().add_(self.epsilon)
-                update = (mean / (1 - self.beta1**t)).div_(root)
+                root = (square / second).sqrt_().add_(self.epsilon)
+                update = (mean / first).div_(root)
             if self._decay is not None:
                 update.addcmul_(self._decay[:, columns], flat)
             if self._ratios is not None:
                 update.mul_(self._ratios[:, columns])
-            flat.sub_(torch.where(alive, update * self._rates[self.step_count], 0.0))
+            flat.sub_(update.mul_(rates).masked_fill_(dead, 0.0))
 
-    def _update_plain(self, grads: list[Tensor], shrink: Tensor) -> None:
+    def _update_plain(self, grads: list[Tensor], shrink: Tensor, now: Tensor) -> None:
         assert self._fused is not None
         torch._foreach_mul_(grads, shrink[0])
         for group in self._fused.param_groups:
-            group["lr"] = self._rates[self.step_count, 0, 0]
+            group["lr"] = now[0]
+        if isinstance(self._fused, BlockwiseAdamW):
+            self._fused.corrections = now[-2], now[-1]
         # The fused kernel skips its update where this flag is 1: a run no longer finite stays put without a host sync.
         self._fused.found_inf = 1.0 - self.alive[0].float()  # type: ignore[attr-defined]
         self._fused.step()
