@@ -71,10 +71,10 @@ def test_a_back_end_that_is_not_installed_is_one_clear_line(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    quantized.backend.cache_clear()
+    quantized._bitsandbytes.cache_clear()
     with pytest.raises(UserError, match="bitsandbytes is not installed"):
         load(config_of("tiny-bert", quantization="nf4-bnb"), "head")
-    quantized.backend.cache_clear()
+    quantized._bitsandbytes.cache_clear()
 
 
 # the layer

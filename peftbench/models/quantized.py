@@ -24,7 +24,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peftbench.errors import UserError
-from peftbench.kernels import blockwise
+from peftbench.kernels import blockwise, low_rank, nf4
+
+FOUR_BITS = "4bit"
+"""First word of a 4-bit weight's kind."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,10 @@ class Backend(Protocol):
     def pack(self, weight: Tensor, scheme: Scheme) -> Packed:
         """Quantize a dense weight on its own device."""
 
-    def unpack(self, packed: Packed, scheme: Scheme, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Return the dense weight of `shape` in `dtype`."""
+    def unpack(
+        self, packed: Packed, scheme: Scheme, shape: torch.Size, dtype: torch.dtype, after: Tensor | None = None
+    ) -> Tensor:
+        """Return the dense weight of `shape` in `dtype`; `after`: see `QuantizedLinear.dense`."""
 
 
 class Own:
@@ -67,12 +72,11 @@ class Own:
         small, scale = blockwise.quantize_8bit(absmax - offset, blockwise.dynamic_map(device=absmax.device))
         return {"codes": codes, "absmax": small, "scale": scale, "offset": offset}
 
-    def unpack(self, packed: Packed, scheme: Scheme, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        absmax = packed["absmax"]
-        if scheme.double:
-            code = blockwise.dynamic_map(device=absmax.device)
-            absmax = blockwise.dequantize_8bit(absmax, packed["scale"], code) + packed["offset"]
-        return blockwise.dequantize_4bit(packed["codes"], absmax, scheme.kind, shape, dtype)
+    def unpack(
+        self, packed: Packed, scheme: Scheme, shape: torch.Size, dtype: torch.dtype, after: Tensor | None = None
+    ) -> Tensor:
+        scale, offset = packed.get("scale"), packed.get("offset")
+        return nf4.dequantize(packed["codes"], packed["absmax"], scale, offset, scheme.kind, shape, dtype, after)
 
 
 class BitsAndBytes:
@@ -100,7 +104,9 @@ class BitsAndBytes:
         packed = {"codes": codes.view(-1), "absmax": state.absmax}
         return packed | {"scale": state.state2.absmax, "offset": state.offset} if scheme.double else packed
 
-    def unpack(self, packed: Packed, scheme: Scheme, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def unpack(
+        self, packed: Packed, scheme: Scheme, shape: torch.Size, dtype: torch.dtype, after: Tensor | None = None
+    ) -> Tensor:
         device, state = packed["codes"].device, self.functional.QuantState
         nested = None
         if scheme.double:
@@ -119,11 +125,22 @@ class BitsAndBytes:
         return self.functional.dequantize_4bit(packed["codes"].view(-1, 1), whole)  # type: ignore[no-any-return]
 
 
-@functools.cache
+OWN = Own()
+
+
 def backend(name: str) -> Backend:
     """Return the back end "own" or "bitsandbytes"; UserError where it is not installed."""
     assert name in ("own", "bitsandbytes"), name
-    return Own() if name == "own" else BitsAndBytes()
+    return OWN if name == "own" else _bitsandbytes()
+
+
+@functools.cache
+def _bitsandbytes() -> Backend:
+    return BitsAndBytes()
+
+
+def _names(scheme: Scheme) -> tuple[str, ...]:
+    return ("codes", "absmax", "scale", "offset") if scheme.double else ("codes", "absmax")
 
 
 def _empty(count: int, scheme: Scheme) -> Packed:
@@ -178,7 +195,7 @@ class QuantizedLinear(nn.Module):
     @property
     def packed(self) -> Packed:
         """The tensors that stand for the weight."""
-        return {name: self._buffers[name] for name in _empty(0, self.scheme)}  # type: ignore[misc]
+        return {name: self._buffers[name] for name in _names(self.scheme)}  # type: ignore[misc]
 
     def storage_bytes(self) -> int:
         """Return the bytes kept for weight and bias."""
@@ -186,14 +203,23 @@ class QuantizedLinear(nn.Module):
         return sum(t.numel() * t.element_size() for t in kept)
 
     @torch.no_grad()
-    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the weight [out, in] that the layer computes with, dequantized in fp32 and rounded to `dtype`."""
+    def dense(self, dtype: torch.dtype = torch.float32, after: Tensor | None = None) -> Tensor:
+        """Return the weight [out, in] that the layer computes with, dequantized in fp32 and rounded to `dtype`.
+
+        A backward pass names its incoming gradient as `after`: else a compiler sees that forward made the same weight,
+        and keeps it, every layer's, until then.
+        """
         if self.merged_weight is not None:
             return self.merged_weight.to(dtype)
-        shape = torch.Size((self.out_features, self.in_features))
-        if self.packed["codes"].is_meta:
+        shape, packed = torch.Size((self.out_features, self.in_features)), self.packed
+        if packed["codes"].is_meta:
             return torch.empty(shape, dtype=dtype, device="meta")
-        return backend(self.scheme.backend).unpack(self.packed, self.scheme, shape, dtype)
+        return backend(self.scheme.backend).unpack(packed, self.scheme, shape, dtype, after)
+
+    def frozen_parts(self) -> tuple[tuple[Tensor, ...], str]:
+        """Return the tensors that stand for the weight, and their kind for `kernels.low_rank`."""
+        how = f"{self.scheme.kind} {int(self.scheme.double)} {self.scheme.backend}"
+        return tuple(self.packed.values()), f"{FOUR_BITS} {how} {self.out_features} {self.in_features}"
 
     def dense_bias(self) -> Tensor | None:
         """Return the bias that the layer computes with."""
@@ -232,6 +258,17 @@ class QuantizedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.scheme}"
 
 
+def _unpack(parts: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
+    """Make a dense weight of `QuantizedLinear.frozen_parts`."""
+    _, name, double, back_end, rows, columns = kind.split()
+    scheme = Scheme(name, double == "1", back_end)
+    packed = dict(zip(_names(scheme), parts, strict=True))
+    return backend(back_end).unpack(packed, scheme, torch.Size((int(rows), int(columns))), dtype)
+
+
+low_rank.UNPACK[FOUR_BITS] = _unpack
+
+
 class _Product(torch.autograd.Function):
     """x W'ᵀ + b with the gradient of x (and of b); the dense weight is made again for the backward pass."""
 
@@ -244,7 +281,7 @@ class _Product(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
         wants_x, wants_bias, _ = ctx.needs_input_grad
-        x = gradient @ ctx.module.dense(gradient.dtype) if wants_x else None
+        x = gradient @ ctx.module.dense(gradient.dtype, after=gradient) if wants_x else None
         bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if wants_bias else None
         return x, bias, None
 
