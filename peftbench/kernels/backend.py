@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import ParamSpec, TypeVar, cast
 
 from torch import Tensor
@@ -20,6 +22,8 @@ logger = logging.getLogger("peftbench")
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_traced_for: ContextVar[str] = ContextVar("traced_for", default="cuda")
 
 
 @functools.cache
@@ -56,6 +60,24 @@ def use_triton(tensor: Tensor) -> bool:
 def shapes_only(tensor: Tensor) -> bool:
     """Return whether `tensor` has a shape but no data: on the meta device, or fake."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def kernel_shapes(tensor: Tensor) -> bool:
+    """Return whether `tensor` has no data and stands for one that a Triton kernel would take.
+
+    Its caller then allocates what the kernel's caller allocates, and no more.
+    """
+    return shapes_only(tensor) and _traced_for.get() == "cuda"
+
+
+@contextmanager
+def traced_for(kind: str) -> Iterator[None]:
+    """Let tensors without data stand for those of a "cuda" device with Triton (the default) or of the "cpu"."""
+    token = _traced_for.set(kind)
+    try:
+        yield
+    finally:
+        _traced_for.reset(token)
 
 
 def constant(make: Callable[P, T]) -> Callable[P, T]:
