@@ -1,6 +1,6 @@
 """Frozen maps that share an input, each with a low-rank product beside it: one operation forward, one backward.
 
-    y_i = g_i ⊙ (x W_iᵀ + s · x a_i b_i) + bias_i        i: the maps; g_i is 1 unless given
+    y_i = g_i ⊙ (x W_iᵀ + s · (x a_i ⊙ d_i) b_i) + bias_i        i: the maps; d_i and g_i are 1 unless given
 
     u = x (s · [a_1 … a_n]),   y_i = u_i b_i,   y_i += x W_iᵀ
     ∂u_i = ∂y_i b_iᵀ,   ∂b_i = u_iᵀ ∂y_i,   ∂x = ∂u [a_1 … a_n]ᵀ,   ∂x += Σ ∂y_i W_i,   ∂a = s · xᵀ ∂u
@@ -13,7 +13,8 @@ the frozen weights never: a weight kept in 4 bits is made again for the backward
 A gain (DoRA's magnitude over norm) scales rows of the weight and columns of b instead of [N, D_out], for one run; its
 gradient is Σ_n ∂y ⊙ (y − bias) / g. Where nobody else keeps y, `keep=False` makes it again.
 
-Shapes: runs R, rows N a run, x [R, N, D_in], a_i [R, D_in, r], b_i [R, r, D_out], W_i [D_out, D_in], g_i [R, D_out].
+Shapes: runs R, rows N a run, x [R, N, D_in], a_i [R, D_in, r], b_i [R, r, D_out], W_i [D_out, D_in],
+d_i [R, r], g_i [R, D_out].
 Under `torch.compile` each direction is one opaque operation: nothing inside could be fused with its surroundings, and a
 partitioner that sees the parts would keep more of them than it should.
 """
@@ -62,12 +63,14 @@ def reference(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     scale: Tensor | None = None,
+    inner: Sequence[Tensor] = (),
     gains: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """Return the outputs [R, N, D_out] by the formula, one pass for each term."""
     outputs = []
     for i, f in enumerate(frozen):
-        low = (x @ a[i].to(x.dtype)) @ b[i].to(x.dtype)
+        u = x @ a[i].to(x.dtype)
+        low = (u * inner[i].to(x.dtype).unsqueeze(1) if inner else u) @ b[i].to(x.dtype)
         y = x @ weight_of(list(f.parts), f.kind, x.dtype).t() + (low if scale is None else scale.to(x.dtype) * low)
         y = y * gains[i].to(x.dtype).unsqueeze(1) if gains else y
         outputs.append(y if f.bias is None else y + f.bias.to(x.dtype))
@@ -80,44 +83,48 @@ def low_rank_linear(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     scale: Tensor | None = None,
+    inner: Sequence[Tensor] = (),
     gains: Sequence[Tensor] = (),
 ) -> tuple[Tensor, ...]:
-    """Return the outputs [R, N, D_out] of maps that share `x`; differentiable in x, a, b and gains.
+    """Return the outputs [R, N, D_out] of maps that share `x`; differentiable in x, a, b, inner and gains.
 
     Args:
         x: [R, N, D_in] in the dtype to compute with.
         a, b: factors in any dtype, [R, D_in, r] and [R, r, D_out].
         scale: [R, 1, 1], constant.
+        inner: none, or [R, r] for every map.
         gains: none, or [R, D_out] for every map.
     """
-    out: tuple[Tensor, ...] = _LowRankLinear.apply(x, tuple(frozen), scale, *a, *b, *gains)
+    assert all(len(given) in (0, len(frozen)) for given in (inner, gains)), "for every map or for none"
+    out: tuple[Tensor, ...] = _LowRankLinear.apply(x, tuple(frozen), scale, bool(inner), *a, *b, *inner, *gains)
     return out
 
 
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, frozen: tuple[Frozen, ...], scale: Tensor | None, *factors: Tensor
+        ctx: Any, x: Tensor, frozen: tuple[Frozen, ...], scale: Tensor | None, has_inner: bool, *factors: Tensor
     ) -> tuple[Tensor, ...]:
         n = len(frozen)
-        raw, gains = factors[:n], list(factors[2 * n :])
+        raw, gains = factors[:n], list(factors[(3 if has_inner else 2) * n :])
         a = torch.cat(raw, dim=2) if n > 1 else raw[0]
         a = (a if scale is None else a * scale).to(x.dtype)
         b = [t.to(x.dtype) for t in factors[n : 2 * n]]
+        inner = torch.cat(factors[2 * n : 3 * n], dim=1) if has_inner else None
         parts, kinds, keeps = _flat(frozen)
         biases = [f.bias for f in frozen]
         if torch.compiler.is_compiling():
-            u, *outputs = _forward_op(x, a, b, parts, ";".join(kinds), biases, gains)
+            u, *outputs = _forward_op(x, a, b, parts, ";".join(kinds), biases, inner, gains)
         else:
-            u, *outputs = _forward(x, a, b, parts, kinds, biases, gains)
+            u, *outputs = _forward(x, a, b, parts, kinds, biases, inner, gains)
         kept = [y for y, keep in zip(outputs, keeps, strict=True) if keep] if gains else []
         again = bool(gains) and not all(keeps)
-        trains = any(ctx.needs_input_grad[3 : 3 + n])
-        ctx.save_for_backward(x if trains or again else None, scale, a, u, *b, *gains, *kept)
+        trains = any(ctx.needs_input_grad[4 : 4 + n])
+        ctx.save_for_backward(x if trains or again else None, scale, a, u, inner, *b, *gains, *kept)
         ctx.frozen = frozen
         ctx.ranks = [t.shape[2] for t in raw]
         ctx.dtypes = [t.dtype for t in factors]
-        ctx.shape = x.shape
+        ctx.has_gains = bool(gains)
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -125,34 +132,34 @@ class _LowRankLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         frozen, n = ctx.frozen, len(ctx.frozen)
-        x, scale, a, u, *rest = ctx.saved_tensors
-        b, gains, kept = rest[:n], rest[n : n + (n if len(ctx.dtypes) > 2 * n else 0)], rest[n:]
-        kept = kept[len(gains) :]
+        x, scale, a, u, inner, *rest = ctx.saved_tensors
+        b, rest = rest[:n], rest[n:]
+        gains, kept = (rest[:n], rest[n:]) if ctx.has_gains else ([], [])
         parts, kinds, keeps = _flat(frozen)
         given = [
             u.new_zeros((*u.shape[:2], t.shape[2])) if g is None else g.contiguous()
             for g, t in zip(gradients, b, strict=True)
         ]
         needs_x = ctx.needs_input_grad[0]
-        needs_a = any(ctx.needs_input_grad[3 : 3 + n])
+        needs_a = any(ctx.needs_input_grad[4 : 4 + n])
         biases = [f.bias for f in frozen]
         if torch.compiler.is_compiling():
             found = _backward_op(
-                x, a, u, b, parts, ";".join(kinds), biases, gains, kept, keeps, given, needs_x, needs_a
+                x, a, u, b, parts, ";".join(kinds), biases, inner, gains, kept, keeps, given, needs_x, needs_a
             )
         else:
-            found = _backward(x, a, u, b, parts, kinds, biases, gains, kept, keeps, given, needs_x, needs_a)
-        dx, da, *others = found
+            found = _backward(x, a, u, b, parts, kinds, biases, inner, gains, kept, keeps, given, needs_x, needs_a)
+        dx, da, dinner, *others = found
         db, dg = others[:n], others[n:]
         das: list[Tensor | None] = [None] * n
         if needs_a:
             split = da.split(ctx.ranks, dim=2) if n > 1 else [da]
-            # In one operation: scaled, in the factor's dtype, contiguous
             das = [
                 (t if scale is None else t * scale).to(dtype) for t, dtype in zip(split, ctx.dtypes[:n], strict=True)
             ]
         dbs = [t.to(dtype) for t, dtype in zip(db, ctx.dtypes[n : 2 * n], strict=True)]
-        return (dx if needs_x else None, None, None, *das, *dbs, *dg)
+        dinners = dinner.split(ctx.ranks, dim=1) if inner is not None else []
+        return (dx if needs_x else None, None, None, None, *das, *dbs, *dinners, *dg)
 
 
 def _flat(frozen: Sequence[Frozen]) -> tuple[list[Tensor], list[str], list[bool]]:
@@ -175,17 +182,23 @@ def _weights(parts: list[Tensor], kinds: list[str]) -> list[tuple[list[Tensor], 
 
 
 def _scaled(weight: Tensor, gains: list[Tensor], i: int) -> Tensor:
-    """Return diag(g_i) W_i for one run."""
-    return weight * gains[i][0].to(weight.dtype).unsqueeze(1) if gains and gains[i].shape[0] == 1 else weight
+    """Return diag(g_i) W_i for one run, rounded once from fp32."""
+    if not gains or gains[i].shape[0] > 1:
+        return weight
+    return torch.mul(weight, gains[i][0].unsqueeze(1), out=torch.empty_like(weight))
+
+
+def _columns(b: Tensor, gain: Tensor | None) -> Tensor:
+    """Return b diag(g), b [R, any, D_out], rounded once from fp32."""
+    return b if gain is None else torch.mul(b, gain.unsqueeze(1), out=torch.empty_like(b))
 
 
 def _product(x: Tensor, u: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> Tensor:
     """Return one map's output; `weight` carries the gain already where there is one run."""
     runs, rows, width = x.shape
-    if gain is not None and runs == 1:
-        b = b * gain.to(b.dtype).unsqueeze(1)
     late = gain is not None and runs > 1
     if runs == 1:
+        b = _columns(b, gain)
         y = torch.mm(u[0], b[0]) if bias is None else torch.addmm(bias.to(x.dtype), u[0], b[0])
         y.addmm_(x[0], weight.t())
         return y.unsqueeze(0)
@@ -196,9 +209,15 @@ def _product(x: Tensor, u: Tensor, b: Tensor, weight: Tensor, bias: Tensor | Non
     y.view(runs * rows, -1).addmm_(x.reshape(runs * rows, width), weight.t())
     if late:
         assert gain is not None
-        y.mul_(gain.to(y.dtype).unsqueeze(1))
+        y.mul_(gain.unsqueeze(1))
         y = y if bias is None else y.add_(bias.to(y.dtype))
     return y
+
+
+def _split(u: Tensor, inner: Tensor | None, b: list[Tensor]) -> list[Tensor]:
+    """Return each map's part of u ⊙ inner."""
+    v = _columns(u, inner)
+    return list(v.split([t.shape[1] for t in b], dim=2)) if len(b) > 1 else [v]
 
 
 def _small(x: Tensor, a: Tensor) -> Tensor:
@@ -212,15 +231,16 @@ def _forward(
     parts: list[Tensor],
     kinds: list[str],
     biases: list[Tensor | None],
+    inner: Tensor | None,
     gains: list[Tensor],
 ) -> list[Tensor]:
-    """Return u [R, N, all ranks] and the outputs."""
+    """Return u [R, N, all ranks], without the inner factor, and the outputs."""
     u = _small(x, a)
-    inner = u.split([t.shape[1] for t in b], dim=2) if len(b) > 1 else [u]
+    parts_of_u = _split(u, inner, b)
     outputs = []
     for i, (tensors, kind) in enumerate(_weights(parts, kinds)):
         weight = _scaled(weight_of(tensors, kind, x.dtype), gains, i)
-        outputs.append(_product(x, inner[i], b[i], weight, biases[i], gains[i] if gains else None))
+        outputs.append(_product(x, parts_of_u[i], b[i], weight, biases[i], gains[i] if gains else None))
     return [u, *outputs]
 
 
@@ -232,6 +252,7 @@ def _backward(
     parts: list[Tensor],
     kinds: list[str],
     biases: list[Tensor | None],
+    inner: Tensor | None,
     gains: list[Tensor],
     kept: list[Tensor],
     keeps: list[bool],
@@ -239,13 +260,12 @@ def _backward(
     needs_x: bool,
     needs_a: bool,
 ) -> list[Tensor]:
-    """Return ∂x, ∂(scaled, joined a) (each empty unless needed), ∂b of every map, and ∂g where there are gains."""
+    """Return ∂x, ∂(scaled, joined a), ∂(joined inner), each empty unless needed, all ∂b, and ∂g if there are gains."""
     runs, rows = u.shape[:2]
     one = runs == 1
-    widths = [t.shape[1] for t in b]
-    inner = u.split(widths, dim=2) if len(b) > 1 else [u]
+    v = _split(u, inner, b)
     du = torch.empty_like(u) if len(b) > 1 else None
-    places = du.split(widths, dim=2) if du is not None else []
+    places = du.split([t.shape[1] for t in b], dim=2) if du is not None else []
     weights = _weights(parts, kinds)
     db: list[Tensor] = []
     dg: list[Tensor] = []
@@ -258,41 +278,45 @@ def _backward(
             else:
                 assert x is not None
                 weight = _scaled(weight_of(*weights[i], u.dtype), gains, i)
-                y = _product(x, inner[i], b[i], weight, biases[i], gain)
+                y = _product(x, v[i], b[i], weight, biases[i], gain)
                 del weight
             total = column_dot(given, y, biases[i])
             tiny = torch.finfo(torch.float32).tiny
             dg.append(total / torch.where(gain.abs() < tiny, tiny, gain))
             del y
-        factor = b[i] if gain is None or not one else b[i] * gain.to(u.dtype).unsqueeze(1)
-        dz = given if gain is None or one else given * gain.to(u.dtype).unsqueeze(1)
+        factor = _columns(b[i], gain if one else None)
+        dz = given if one else _columns(given, gain)
         if one:
             if du is None:
                 du = torch.mm(dz[0], factor[0].t()).unsqueeze(0)
             else:
                 torch.mm(dz[0], factor[0].t(), out=places[i][0])
-            change = torch.mm(inner[i][0].t(), dz[0]).unsqueeze(0)
-            db.append(change if gain is None else change * gain.to(u.dtype).unsqueeze(1))
+            change = torch.mm(v[i][0].t(), dz[0]).unsqueeze(0)
+            db.append(_columns(change, gain))
         else:
             if du is None:
                 du = torch.bmm(dz, factor.transpose(1, 2))
             else:
                 places[i].copy_(torch.bmm(dz, factor.transpose(1, 2)))
-            db.append(torch.bmm(inner[i].transpose(1, 2), dz))
+            db.append(torch.bmm(v[i].transpose(1, 2), dz))
     assert du is not None
+    dinner = u.new_empty(0)
+    if inner is not None:
+        dinner = column_dot(du, u)
+        du = _columns(du, inner)
     dx = u.new_empty(0)
     if needs_x:
         dx = _small(du, a.transpose(1, 2))
         flat = dx.view(runs * rows, -1)
         for i, given in enumerate(gradients):
             weight = _scaled(weight_of(*weights[i], u.dtype), gains, i)
-            dz = given if not gains or one else given * gains[i].to(u.dtype).unsqueeze(1)
+            dz = given if one or not gains else _columns(given, gains[i])
             flat.addmm_(dz.view(runs * rows, -1), weight)
     da = u.new_empty(0)
     if needs_a:
         assert x is not None
         da = torch.mm(x[0].t(), du[0]).unsqueeze(0) if one else torch.bmm(x.transpose(1, 2), du)
-    return [dx, da, *db, *dg]
+    return [dx, da, dinner, *db, *dg]
 
 
 # The same two directions as operations that a compiler does not look into.
@@ -306,13 +330,14 @@ def _forward_op(
     parts: list[Tensor],
     kinds: str,
     biases: list[Tensor | None],
+    inner: Tensor | None,
     gains: list[Tensor],
 ) -> list[Tensor]:
-    return _forward(x, a, b, parts, kinds.split(";"), biases, gains)
+    return _forward(x, a, b, parts, kinds.split(";"), biases, inner, gains)
 
 
 @_forward_op.register_fake
-def _(x, a, b, parts, kinds, biases, gains):  # type: ignore[no-untyped-def]
+def _(x, a, b, parts, kinds, biases, inner, gains):  # type: ignore[no-untyped-def]
     shape = x.shape[:2]
     return [x.new_empty((*shape, a.shape[2])), *(x.new_empty((*shape, t.shape[2])) for t in b)]
 
@@ -326,6 +351,7 @@ def _backward_op(
     parts: list[Tensor],
     kinds: str,
     biases: list[Tensor | None],
+    inner: Tensor | None,
     gains: list[Tensor],
     kept: list[Tensor],
     keeps: list[bool],
@@ -333,12 +359,15 @@ def _backward_op(
     needs_x: bool,
     needs_a: bool,
 ) -> list[Tensor]:
-    return _backward(x, a, u, b, parts, kinds.split(";"), biases, gains, kept, keeps, gradients, needs_x, needs_a)
+    return _backward(
+        x, a, u, b, parts, kinds.split(";"), biases, inner, gains, kept, keeps, gradients, needs_x, needs_a
+    )
 
 
 @_backward_op.register_fake
-def _(x, a, u, b, parts, kinds, biases, gains, kept, keeps, gradients, needs_x, needs_a):  # type: ignore[no-untyped-def]
+def _(x, a, u, b, parts, kinds, biases, inner, gains, kept, keeps, gradients, needs_x, needs_a):  # type: ignore[no-untyped-def]
     runs, rows = u.shape[:2]
     dx = u.new_empty((runs, rows, a.shape[1]) if needs_x else 0)
     da = u.new_empty(a.shape if needs_a else 0)
-    return [dx, da, *(torch.empty_like(t) for t in b), *(torch.empty_like(g) for g in gains)]
+    dinner = u.new_empty(0) if inner is None else torch.empty_like(inner)
+    return [dx, da, dinner, *(torch.empty_like(t) for t in b), *(torch.empty_like(g) for g in gains)]

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from peftbench.methods.base import (
     Card,
     Delta,
-    LinearDelta,
+    Factors,
+    LowRankDelta,
     Method,
     RunDropout,
     StepEnd,
@@ -51,7 +52,7 @@ PLANNED_STEPS = 10_000
 """PEFT's files count the phases in steps; without a run's length the fractions are written for this one."""
 
 
-class AdaLoraDelta(LinearDelta):
+class AdaLoraDelta(LowRankDelta):
     """scale · x A diag(E) B beside the frozen product."""
 
     A: nn.Parameter
@@ -76,9 +77,8 @@ class AdaLoraDelta(LinearDelta):
         self.register_buffer("ones", torch.diag_embed(torch.stack(own).float()), persistent=False)
         self.dropout = RunDropout([m.dropout for m in methods])
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
-        a = (self.A * (self.E.unsqueeze(1) * self.scale)).to(x.dtype)
-        return torch.baddbmm(y, self.dropout(x) @ a, self.B.to(x.dtype))
+    def factors(self, dtype: torch.dtype) -> Factors:
+        return Factors(self.A * (self.E.unsqueeze(1) * self.scale), self.B)
 
     def penalty(self) -> Tensor | None:
         """Return each run's share of the orthogonality term [R]; a padded rank counts as orthogonal."""

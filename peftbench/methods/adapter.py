@@ -28,7 +28,7 @@ from peftbench.methods import peft_format
 from peftbench.methods.base import Delta, LinearDelta, Method, NormDelta, StepEnd, base_parameters
 from peftbench.methods.sites import Injection
 from peftbench.models.quantized import QuantizedLinear
-from peftbench.models.roles import Site, packable
+from peftbench.models.roles import Site, packable, shared_inputs
 
 WEIGHTS_FILE = "adapter.safetensors"
 CONFIG_FILE = "adapter.json"
@@ -93,8 +93,7 @@ class Adapter:
         for p in self.trained.values():
             p.requires_grad_(True)
         try:
-            for site, delta in self.deltas:
-                self._injection.add(site, delta)
+            self._injection.add_all(self.deltas, shared_inputs(model))
         except BaseException:
             self.detach()
             raise

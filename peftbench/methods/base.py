@@ -174,6 +174,48 @@ class LinearDelta(Delta):
         raise NotImplementedError(f"{type(self).__name__} cannot be merged")
 
 
+@dataclass(frozen=True)
+class Factors:
+    """A low-rank change of a linear map: y = gain ⊙ (W x + scale · (x a ⊙ inner) b) + bias.
+
+    Attributes:
+        a, b: [R, D_in, r] and [R, r, D_out], in any dtype.
+        scale: [R, 1, 1], constant, or None for 1.
+        inner: [R, r], or None for 1; with a frozen `a` its gradient needs no input kept.
+        gain: [R, D_out], or None for 1.
+        keep_output: where `gain` trains, save the map's output for the backward pass, or make it again there.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: Tensor | None = None
+    inner: Tensor | None = None
+    gain: Tensor | None = None
+    keep_output: bool = True
+
+
+class LowRankDelta(LinearDelta, ABC):
+    """A low-rank product beside the frozen one.
+
+    Where the frozen map is within reach the two are computed together (`kernels.low_rank`); where it is not (a role
+    that shares its matrix with others, dropout at work, autocast) `after` adds the product to what is there.
+    """
+
+    dropout: RunDropout
+
+    @abstractmethod
+    def factors(self, dtype: torch.dtype) -> Factors:
+        """Return the change for a pass that computes in `dtype`; differentiable in the parameters."""
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        f = self.factors(x.dtype)
+        assert f.gain is None, "a gain needs an `after` of its own"
+        b = f.b if f.scale is None else f.b * f.scale
+        u = self.dropout(x) @ f.a.to(x.dtype)
+        u = u if f.inner is None else u * f.inner.to(x.dtype).unsqueeze(1)
+        return torch.baddbmm(y, u, b.to(x.dtype))
+
+
 class HiddenDelta(Delta, ABC):
     """Changes a sublayer's output before the residual sum."""
 
@@ -385,8 +427,13 @@ class RunDropout(nn.Module):
         self.rates = [rate] * len(self.rates)
         self.keep.fill_(1 - rate)
 
+    @property
+    def acts(self) -> bool:
+        """Whether anything is dropped now."""
+        return self.training and any(self.rates)
+
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not any(self.rates):
+        if not self.acts:
             return x
         if len(set(self.rates)) == 1:
             return nn.functional.dropout(x, self.rates[0])

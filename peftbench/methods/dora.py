@@ -24,13 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftbench.methods.base import Card, LinearDelta, Method, RunDropout, Targets, Traits, require, uniform
+from peftbench.methods.base import Card, Factors, LowRankDelta, Method, RunDropout, Targets, Traits, require, uniform
 from peftbench.methods.lora import KEEPS_BASE, VARIANTS
 from peftbench.methods.peft_format import SiteFormat, fan_in_fan_out, refuse, same, target_modules, targets, transposed
 from peftbench.models.roles import Site, linear_sites
 
+CHEAP_AGAIN = ("attention.query", "attention.key", "attention.output")
+"""Roles whose output, which the magnitude's gradient needs, is made again: narrow, and in models with rotary positions
+kept by nobody else."""
 
-class DoraDelta(LinearDelta):
+
+class DoraDelta(LowRankDelta):
     """g ⊙ (W x + scale · x A B), where g = magnitude / norm."""
 
     A: nn.Parameter
@@ -54,6 +58,7 @@ class DoraDelta(LinearDelta):
         square = norm.square().clamp(min=torch.finfo(torch.float32).tiny)
         self.register_buffer("square", square, persistent=False)
         self.constant("scale", [m.alpha / m.rank for m in methods])
+        self.keep_output = site.role not in CHEAP_AGAIN
         self.dropout = RunDropout([m.dropout for m in methods])
 
     @torch.no_grad()
@@ -66,6 +71,9 @@ class DoraDelta(LinearDelta):
         square = self.square + (b * torch.baddbmm(image, b, a.mT @ a, beta=2)).sum(dim=2)
         # Where BA cancels W, the difference has no digits left; this far down g stays bounded instead.
         return square.maximum(torch.finfo(dtype).eps * self.square).sqrt()
+
+    def factors(self, dtype: torch.dtype) -> Factors:
+        return Factors(self.A, self.B, self.scale, gain=self.magnitude / self.norm(dtype), keep_output=self.keep_output)
 
     def gain(self, dtype: torch.dtype) -> Tensor:
         """Return g − 1, [R, 1, D_out]; its distance from zero keeps its digits in half precision, g would not."""

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftbench.methods.base import Card, LinearDelta, Method, RunDropout, Targets, Traits, require, uniform
+from peftbench.methods.base import Card, Factors, LowRankDelta, Method, RunDropout, Targets, Traits, require, uniform
 from peftbench.methods.peft_format import SiteFormat, fan_in_fan_out, refuse, target_modules, targets, transposed
 from peftbench.models.roles import Site, linear_sites
 
 
-class LoraDelta(LinearDelta):
+class LoraDelta(LowRankDelta):
     """scale · x A B beside the frozen product."""
 
     A: nn.Parameter
@@ -45,10 +45,8 @@ class LoraDelta(LinearDelta):
         self.constant("scale", [m.scale for m in methods])
         self.dropout = RunDropout([m.dropout for m in methods])
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
-        a = self.A.to(x.dtype)
-        b = (self.B * self.scale).to(x.dtype)
-        return torch.baddbmm(y, self.dropout(x) @ a, b)
+    def factors(self, dtype: torch.dtype) -> Factors:
+        return Factors(self.A, self.B, self.scale)
 
     def merged(self, weight: Tensor, bias: Tensor | None, run: int) -> tuple[Tensor, Tensor | None]:
         state = self.run_state(run)

@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftbench.methods.base import Card, LinearDelta, Method, RunDropout, Targets, Traits, require, uniform
+from peftbench.methods.base import Card, Factors, LowRankDelta, Method, RunDropout, Targets, Traits, require, uniform
 from peftbench.methods.peft_format import SiteFormat, fan_in_fan_out, target_modules, transposed
 from peftbench.models.roles import Site, linear_sites
 
 
-class LoraFaDelta(LinearDelta):
+class LoraFaDelta(LowRankDelta):
     """scale · x A B beside the frozen product, with A frozen."""
 
     A: Tensor
@@ -67,12 +67,12 @@ class LoraFaDelta(LinearDelta):
         super().load_run_state(state, run)
         self.correction = self._correction()
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
+    def factors(self, dtype: torch.dtype) -> Factors:
         b: Tensor = self.B
         if self.correction is not None:
             # The same value; its gradient reaches B through the correction.
             b = b.detach() + self.correction @ (b - b.detach())
-        return torch.baddbmm(y, self.dropout(x) @ self.A.to(x.dtype), (b * self.scale).to(x.dtype))
+        return Factors(self.A, b, self.scale)
 
     def merged(self, weight: Tensor, bias: Tensor | None, run: int) -> tuple[Tensor, Tensor | None]:
         change = (self.run_drawn(run)["A"] @ self.run_state(run)["B"]).T * self.scale[run]

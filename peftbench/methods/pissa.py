@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftbench.methods.base import Card, LinearDelta, Method, RunDropout, Targets, Traits, require
+from peftbench.methods.base import Card, Factors, LowRankDelta, Method, RunDropout, Targets, Traits, require
 from peftbench.methods.lora import VARIANTS
 from peftbench.methods.peft_format import SiteFormat, fan_in_fan_out, refuse, target_modules, targets, transposed
 from peftbench.models.roles import Site, linear_sites
@@ -42,7 +42,7 @@ def principal_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return sign * root[:, None] * v, u * root * sign.T
 
 
-class PissaDelta(LinearDelta):
+class PissaDelta(LowRankDelta):
     """scale · x (A B − A₀ B₀) beside the frozen product; factors transposed, A [R, D_in, r] and B [R, r, D_out]."""
 
     A: nn.Parameter
@@ -62,16 +62,15 @@ class PissaDelta(LinearDelta):
         self.constant("scale", scales)
         self.dropout = RunDropout([m.dropout for m in methods])
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def _joined(self) -> tuple[Tensor, Tensor]:
         """Return [A | A − A₀], [R, D_in, 2r], and [B − B₀ ; B₀], [R, 2r, D_out]: their product is A B − A₀ B₀."""
         return torch.cat([self.A, self.A - self.A0], dim=2), torch.cat([self.B - self.B0, self.B0], dim=1)
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
-        a, b = self.factors()
-        return torch.baddbmm(y, self.dropout(x) @ a.to(x.dtype), (b * self.scale).to(x.dtype))
+    def factors(self, dtype: torch.dtype) -> Factors:
+        return Factors(*self._joined(), self.scale)
 
     def merged(self, weight: Tensor, bias: Tensor | None, run: int) -> tuple[Tensor, Tensor | None]:
-        a, b = self.factors()
+        a, b = self._joined()
         return (weight.float() + (a[run] @ b[run]).T * self.scale[run]).to(weight.dtype), bias
 
 

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from peftbench.methods.base import (
     Card,
     Delta,
-    LinearDelta,
+    Factors,
+    LowRankDelta,
     Method,
     RunDropout,
     StepEnd,
@@ -42,7 +43,7 @@ from peftbench.methods.base import (
 from peftbench.models.roles import Site, linear_sites
 
 
-class ReloraDelta(LinearDelta):
+class ReloraDelta(LowRankDelta):
     """scale · x A B beside the product with a weight that restarts rewrite; one run."""
 
     A: nn.Parameter
@@ -57,8 +58,8 @@ class ReloraDelta(LinearDelta):
         self.stack("B", [torch.zeros(method.rank, site.out_features)])
         self.dropout = RunDropout([method.dropout])
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.baddbmm(y, self.dropout(x) @ self.A.to(x.dtype), (self.B * self.scale).to(x.dtype))
+    def factors(self, dtype: torch.dtype) -> Factors:
+        return Factors(self.A, self.B * self.scale)
 
     def merged(self, weight: Tensor, bias: Tensor | None, run: int) -> tuple[Tensor, Tensor | None]:
         change = (self.A[run] @ self.B[run]).T * self.scale

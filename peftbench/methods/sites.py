@@ -8,7 +8,7 @@ interface of `transformers`; a site whose hook was not called during a forward p
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -17,8 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from peftbench.errors import UserError
-from peftbench.methods.base import AttentionDelta, Delta, EmbeddingDelta, HiddenDelta, LinearDelta, NormDelta
+from peftbench.kernels.low_rank import DENSE, TRANSPOSED, Frozen, low_rank_linear
+from peftbench.methods.base import (
+    AttentionDelta,
+    Delta,
+    EmbeddingDelta,
+    HiddenDelta,
+    LinearDelta,
+    LowRankDelta,
+    NormDelta,
+)
 from peftbench.models import attention
+from peftbench.models.quantized import QuantizedLinear, is_plain_linear
 from peftbench.models.roles import EmbeddingSite, Site, first_input
 
 
@@ -29,6 +39,20 @@ class Injection:
     runs: int
     active: bool = True
     undo: list[Callable[[], None]] = field(default_factory=list)
+
+    def add_all(self, deltas: Sequence[tuple[Site, Delta]], shared_inputs: Mapping[str, str]) -> None:
+        """Put every delta in at its site.
+
+        Args:
+            shared_inputs: names of linear modules that are called with one and the same input → a name for them all.
+        """
+        groups: dict[str, _Together] = {}
+        for site, delta in deltas:
+            if isinstance(delta, LowRankDelta) and _within_reach(site):
+                name = shared_inputs.get(site.name, site.name)
+                groups.setdefault(name, _Together(self)).add(site, delta)
+            else:
+                self.add(site, delta)
 
     def add(self, site: Site, delta: Delta) -> None:
         """Put `delta` in at `site`."""
@@ -97,6 +121,87 @@ def _linear(injection: Injection, site: Site, delta: LinearDelta) -> None:
         injection.undo.append(site.module.register_forward_pre_hook(pre).remove)
     if _overrides(delta, "after"):
         injection.undo.append(site.module.register_forward_hook(post).remove)
+
+
+def _within_reach(site: Site) -> bool:
+    """Whether the site's map can be computed here: all of a plain frozen module whose forward nobody has changed."""
+    module: Any = site.module
+    kept = isinstance(module, QuantizedLinear) and module.merged_weight is None
+    plain = is_plain_linear(module) and not module.weight.requires_grad
+    return site.columns is None and (kept or plain) and "forward" not in module.__dict__
+
+
+class _Together:
+    """Frozen maps with low-rank deltas that share their input: the first one called computes all of them.
+
+    The others find their output waiting, if they are called with the very same tensor; else all is computed again.
+    """
+
+    def __init__(self, injection: Injection) -> None:
+        self.injection = injection
+        self.sites: list[Site] = []
+        self.deltas: list[LowRankDelta] = []
+        self.input: Tensor | None = None
+        self.waiting: dict[int, Tensor] = {}
+
+    def add(self, site: Site, delta: LowRankDelta) -> None:
+        """Take one map over: its module's forward is this group's from now on."""
+        index = len(self.sites)
+        self.sites.append(site)
+        self.deltas.append(delta)
+        module = site.module
+        original = module.forward
+
+        def forward(x: Tensor) -> Tensor:
+            if not self.injection.active:
+                return cast(Tensor, original(x))
+            if self.possible(x):
+                return self.output(index, x)
+            y = cast(Tensor, original(x))
+            return delta.after(self.injection.split(x), self.injection.split(y)).reshape(y.shape)
+
+        module.forward = forward  # type: ignore[method-assign]
+        self.injection.undo.append(lambda: module.__dict__.pop("forward", None))
+
+    def possible(self, x: Tensor) -> bool:
+        """Whether the maps can be computed together with their deltas now."""
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return False
+        return not any(delta.dropout.acts for delta in self.deltas)
+
+    def output(self, index: int, x: Tensor) -> Tensor:
+        """Return the output of map `index` for the input `x`."""
+        waiting = self.waiting.pop(index, None) if self.input is x else None
+        if waiting is not None:
+            if not self.waiting:
+                self.input = None
+            return waiting
+        outputs = self.compute(x)
+        if len(outputs) > 1:
+            self.input, self.waiting = x, {i: y for i, y in enumerate(outputs) if i != index}
+        return outputs[index]
+
+    def compute(self, x: Tensor) -> list[Tensor]:
+        """Return the outputs of all maps for the input `x`."""
+        factors = [delta.factors(x.dtype) for delta in self.deltas]
+        outputs = low_rank_linear(
+            self.injection.split(x),
+            [_frozen(site.module, f.keep_output) for site, f in zip(self.sites, factors, strict=True)],
+            [f.a for f in factors],
+            [f.b for f in factors],
+            factors[0].scale,
+            [f.inner for f in factors if f.inner is not None],
+            [f.gain for f in factors if f.gain is not None],
+        )
+        return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs]
+
+
+def _frozen(module: Any, keep: bool) -> Frozen:
+    if isinstance(module, QuantizedLinear):
+        parts, kind = module.frozen_parts()
+        return Frozen(parts, kind, module.bias, keep)
+    return Frozen((module.weight,), DENSE if isinstance(module, nn.Linear) else TRANSPOSED, module.bias, keep)
 
 
 def _hidden(injection: Injection, site: Site, delta: HiddenDelta) -> None:

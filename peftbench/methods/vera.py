@@ -21,7 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from peftbench.errors import UserError
-from peftbench.methods.base import Card, Delta, LinearDelta, Method, RunDropout, Targets, Traits, require, uniform
+from peftbench.methods.base import (
+    Card,
+    Delta,
+    Factors,
+    LowRankDelta,
+    Method,
+    RunDropout,
+    Targets,
+    Traits,
+    require,
+    uniform,
+)
 from peftbench.methods.peft_format import SiteFormat, fan_in_fan_out, refuse, same, target_modules, targets
 from peftbench.models.roles import Site, linear_sites
 
@@ -44,7 +55,7 @@ def _kaiming(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     return uniform((rows, columns), math.sqrt(6 / columns), generator)
 
 
-class VeraDelta(LinearDelta):
+class VeraDelta(LowRankDelta):
     """b ⊙ (B (d ⊙ (A x))) beside the frozen product."""
 
     b: nn.Parameter
@@ -64,10 +75,9 @@ class VeraDelta(LinearDelta):
         columns, rows = self.widths
         return self.shared.A[..., :columns], self.shared.B[:, :rows]
 
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
-        a, b = (part.to(x.dtype).transpose(1, 2) for part in self._projections())
-        inner = (self.dropout(x) @ a) * self.d.to(x.dtype).unsqueeze(1)
-        return torch.addcmul(y, inner @ b, self.b.to(y.dtype).unsqueeze(1))
+    def factors(self, dtype: torch.dtype) -> Factors:
+        a, b = self._projections()
+        return Factors(a.transpose(1, 2), b.transpose(1, 2) * self.b.unsqueeze(1), inner=self.d)
 
     def merged(self, weight: Tensor, bias: Tensor | None, run: int) -> tuple[Tensor, Tensor | None]:
         a, b = (part[run] for part in self._projections())

@@ -584,6 +584,29 @@ def _table_linears(model: nn.Module) -> list[Site]:
     return sites
 
 
+_SHARED = {
+    "attention.query": "attention",
+    "attention.key": "attention",
+    "attention.value": "attention",
+    "mlp.gate": "mlp",
+    "mlp.up": "mlp",
+}
+"""Roles whose modules a layer calls with one and the same tensor."""
+
+
+def shared_inputs(model: nn.Module) -> dict[str, str]:
+    """Return, by module name, one name for all linear modules of a layer that get the same input.
+
+    A model without a role table has none.
+    """
+    try:
+        sites = _table_linears(model)
+    except UserError:
+        return {}
+    whole = [site for site in sites if site.columns is None and site.role in _SHARED]
+    return {site.name: f"{site.name.rpartition('.')[0]}:{_SHARED[site.role]}" for site in whole}
+
+
 def _norm_site(role: str, layer: int | None, name: str, module: nn.Module, offset: float) -> Site:
     weight = module.weight
     return Site("norm", role, layer, name, module, width=int(weight.shape[-1]), offset=offset)  # type: ignore[index, arg-type]
