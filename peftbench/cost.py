@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
@@ -16,6 +16,7 @@ from peftbench.engine.batches import PackedBatch, TokenTable
 from peftbench.engine.loop import train_step
 from peftbench.models.quantized import dense_parameter_count
 from peftbench.profiling.cost import Trial, measure
+from peftbench.profiling.memory import held
 from peftbench.record import RunSpec
 from peftbench.store import Store
 from peftbench.tasks.base import Encoded
@@ -31,17 +32,20 @@ class Phases(Protocol):
 def trial_of(alone: Setting, encoded: Encoded) -> Iterator[Trial]:
     """One run alone on a batch in which every sequence has full length but the last, which is one token shorter."""
     rows, length = alone.train.batch_size, alone.max_length
+    base = backbone_of(alone).model
+    loaded = held([*base.parameters(), *base.buffers()], alone.device)
     with assembled(alone) as assembly:
         tokenizer: Any = assembly.backbone.tokenizer
         table = TokenTable(_fixed_batch(encoded, rows, length, len(tokenizer)), 0, alone.device)
-        optimizer = assembly.optimizer(100_000)
+        # enough for all instruments, and for energy at half a millisecond a step; a table of rates comes with each
+        optimizer = assembly.optimizer(10_000 + int(2000 * alone.specs[0].profile.get("energy_seconds", 0.0)))
         batch = PackedBatch(np.arange(rows)[None], length, 0)
-        model, adapter, head = assembly.backbone.model, assembly.adapter, assembly.head
-        assembly.objective.train(True)
+        model, adapter, head, objective = base, assembly.adapter, assembly.head, assembly.objective
+        objective.train(True)
 
         def step() -> Tensor:
             return train_step(
-                assembly.objective,
+                objective,
                 optimizer,
                 table,
                 batch,
@@ -49,21 +53,33 @@ def trial_of(alone: Setting, encoded: Encoded) -> Iterator[Trial]:
                 autocast=alone.autocast,
             )
 
-        def existing() -> Iterable[Tensor]:
-            yield from model.parameters()
-            yield from model.buffers()
-            yield from adapter.parameters()
-            yield from assembly.objective.parameters()
-            yield from optimizer.state_tensors()
-            yield from table.tensors()
+        def persistent() -> dict[str, list[Tensor]]:
+            deltas = [delta for _, delta in adapter.parts]
+            return {
+                "adapter": [t for d in deltas for t in (*d.parameters(), *d.buffers())] + objective.parameters(),
+                "optimizer": optimizer.state_tensors(),
+                "weights": [*model.parameters(), *model.buffers()],
+                "workspace": table.tensors(),
+            }
 
+        def gradients() -> list[Tensor]:
+            return [p.grad for p in (*optimizer.packed, *optimizer.plain) if p.grad is not None]
+
+        attached = held([t for tensors in persistent().values() for t in tensors], alone.device)
         own_head = 0 if head is None else head.parameter_count()
         own = adapter.parameter_count()
         trained = {id(p) for p in adapter.trained.values()}
         matrices = _matrices(model)
         yield Trial(
             step=step,
-            existing=existing,
+            objective=objective,
+            optimizer=optimizer,
+            persistent=persistent,
+            gradients=gradients,
+            flat_gradient=lambda: optimizer.flat.nbytes,
+            loaded_bytes=loaded,
+            attached_bytes=attached,
+            execution=alone.train.execution,
             rows=rows,
             length=length,
             adapter_parameters=own,

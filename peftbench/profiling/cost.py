@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
 
-from peftbench.profiling.energy import energy_joules
+from peftbench.profiling.energy import energy_of
 from peftbench.profiling.flops import analytic_flops_per_token, counted_flops
-from peftbench.profiling.memory import peak_memory
-from peftbench.profiling.timing import matmul_ceiling, time_steps
+from peftbench.profiling.memory import memory_of
+from peftbench.profiling.timing import clock, copy_bandwidth, matmul_ceiling, step_shares, time_steps
+from peftbench.profiling.trace import kernels_per_step
+from peftbench.profiling.traffic import traffic_of
 
 
 @dataclass(frozen=True)
@@ -22,13 +25,25 @@ class Trial:
 
     Attributes:
         step: makes one whole training step without waiting for the device.
-        existing: yields the tensors alive between steps.
+        objective, optimizer: what `step` calls `loss_sum` and `step` of; instruments listen there.
+        persistent: gives the tensors alive between steps by component, the adapter's before the base's.
+        gradients: gives the gradients there are now.
+        flat_gradient: gives the bytes of all packed gradients in one block.
+        loaded_bytes, attached_bytes: in use with the base alone, and with all that a step needs.
+        execution: eager, compiled or graphs.
         rows, length: the batch's shape in tokens.
-        counts: parameters: adapter, head, trained matrices, frozen matrices, total.
+        adapter_parameters and the like: counts.
     """
 
     step: Callable[[], object]
-    existing: Callable[[], Iterable[torch.Tensor]]
+    objective: Any
+    optimizer: Any
+    persistent: Callable[[], Mapping[str, Iterable[torch.Tensor]]]
+    gradients: Callable[[], Iterable[torch.Tensor]]
+    flat_gradient: Callable[[], int]
+    loaded_bytes: int
+    attached_bytes: int
+    execution: str
     rows: int
     length: int
     adapter_parameters: int
@@ -41,6 +56,17 @@ class Trial:
     compute_dtype: torch.dtype
 
 
+class Watched:
+    """A trial's step that notes its seconds, for steps that an instrument looks at."""
+
+    def __init__(self, step: Callable[[], object], device: torch.device) -> None:
+        self._step, self._device = step, device
+        self.seconds: list[float] = []
+
+    def __call__(self) -> None:
+        self.seconds.append(clock(self._step, self._device))
+
+
 def measure(
     prepare: Callable[[], AbstractContextManager[Trial]],
     device: torch.device,
@@ -50,26 +76,37 @@ def measure(
     max_seconds: float,
     energy_seconds: float,
 ) -> dict[str, Any]:
-    """Set a trial up and measure it: time first, then memory, FLOPs and energy in steps of their own.
+    """Set a trial up and measure it: time first, then shares, memory, FLOPs, traffic, kernels and energy.
 
-    Nothing but the trial may be alive on the device. Each instrument runs in steps that no other one sees.
+    Nothing but the trial may be alive on the device. Each instrument runs in steps that no other one sees;
+    what it slows them down by is under `observer`.
     """
     begin = time.perf_counter()
     with prepare() as trial:
-        trial.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        first = clock(trial.step, device)
         startup = time.perf_counter() - begin
         timing = time_steps(trial.step, device, min_warmup=min_warmup, steps=steps, max_seconds=max_seconds)
-        memory = peak_memory(trial.step, device, trial.existing())
-        flops = counted_flops(trial.step)
-        energy = energy_joules(trial.step, device, energy_seconds)
+        seconds = timing.percentile(50)
+        instruments = ("phases", "memory", "flops", "traffic", "kernels")
+        plain, watched = Watched(trial.step, device), {name: Watched(trial.step, device) for name in instruments}
+        for _ in range(3):
+            plain()
+        shares = step_shares(watched["phases"], device, trial.objective, trial.optimizer)
+        memory = memory_of(trial, trial.step, device, watched["memory"])
+        flops = counted_flops(watched["flops"])
+        traffic = traffic_of(watched["traffic"])
+        kernels = kernels_per_step(watched["kernels"], device)
+        energy = energy_of(trial.step, device, energy_seconds)
+        after = Watched(trial.step, device)
+        for _ in range(3):
+            after()
+        base = median(plain.seconds)
         tokens = trial.rows * trial.length
-        median = timing.percentile(50)
         analytic = analytic_flops_per_token(
             trial.frozen_matrices, trial.trained_matrices, backward_through_base=trial.backward_through_base
         )
-        ceiling = matmul_ceiling(device, trial.compute_dtype)
+        ceiling, bandwidth = matmul_ceiling(device, trial.compute_dtype), copy_bandwidth(device)
+        memory["phases"] = {"load": trial.loaded_bytes, "attach": trial.attached_bytes, **memory["phases"]}
         return {
             "trainable_parameters": trial.adapter_parameters + trial.head_parameters,
             "adapter_parameters": trial.adapter_parameters,
@@ -78,20 +115,31 @@ def measure(
             "checkpoint_bytes": trial.checkpoint_bytes,
             "step_seconds": {
                 "p10": timing.percentile(10),
-                "p50": median,
+                "p50": seconds,
                 "p90": timing.percentile(90),
                 "samples": timing.samples,
                 "warmup_steps": timing.warmup_steps + 1,
                 "stable": timing.stable,
             },
-            "padded_tokens_per_second": tokens / median,
+            "step_share": shares,
+            "padded_tokens_per_second": tokens / seconds,
             "flops_per_token": flops / tokens,
             "analytic_flops_per_token": analytic,
-            "model_flops_utilization": analytic * tokens / median / ceiling,
+            "model_flops_utilization": analytic * tokens / seconds / ceiling,
             "matmul_ceiling_flops_per_second": ceiling,
+            "memory_traffic_bytes": traffic.bytes,
+            "memory_bandwidth_utilization": traffic.bytes / seconds / bandwidth,
+            "copy_bandwidth_bytes_per_second": bandwidth,
+            "operations_per_step": traffic.operations,
+            "kernels_per_step": kernels,
             "memory": memory,
-            "energy_joules_per_1k_tokens": None if energy is None else energy[0] / (energy[1] * tokens) * 1000,
+            "energy_joules_per_1k_tokens": None if energy is None else energy.joules / (energy.steps * tokens) * 1000,
+            "energy_window_seconds": None if energy is None else energy.seconds,
             "startup_seconds": startup,
-            "compile_seconds": None,
+            "compile_seconds": None if trial.execution == "eager" else max(first - base, 0.0),
+            "observer": {
+                **{name: median(w.seconds) / base if w.seconds else None for name, w in watched.items()},
+                "afterwards": median(after.seconds) / base,
+            },
             "shape": {"batch_size": trial.rows, "length": trial.length},
         }

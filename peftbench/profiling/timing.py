@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+
+from peftbench.profiling.phases import phases
+from peftbench.profiling.replay import PHASES
 
 STABLE = 0.05
 """Warm-up ends when the last three steps lie within this share of their median."""
@@ -28,13 +33,12 @@ class Timing:
         return float(np.percentile(self.samples, q))
 
 
-def _clock(step: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def clock(step: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds from an idle device to an idle device."""
+    _settle(device)
     start = time.perf_counter()
     step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    _settle(device)
     return time.perf_counter() - start
 
 
@@ -48,7 +52,7 @@ def time_steps(
     warm: list[float] = []
     spent = 0.0
     while True:
-        warm.append(_clock(step, device))
+        warm.append(clock(step, device))
         spent += warm[-1]
         last = sorted(warm[-3:])
         stable = len(warm) >= 3 and last[-1] - last[0] <= STABLE * last[1]
@@ -57,7 +61,7 @@ def time_steps(
             break
     count = max(3, min(steps, int((max_seconds - spent) / max(np.median(warm[-3:]), 1e-9))))
     if device.type != "cuda":
-        return Timing([_clock(step, device) for _ in range(count)], len(warm), stable)
+        return Timing([clock(step, device) for _ in range(count)], len(warm), stable)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     torch.cuda.synchronize(device)
     events[0].record()
@@ -69,17 +73,95 @@ def time_steps(
     return Timing(samples, len(warm), stable)
 
 
-_CEILINGS: dict[tuple[str, str], float] = {}
+def step_shares(
+    step: Callable[[], object], device: torch.device, objective: Any, optimizer: Any, repeats: int = 5
+) -> dict[str, float] | None:
+    """Return the shares of forward, backward and optimizer in a step's time, in steps of their own.
+
+    Medians over `repeats` steps, so that they add up to 1. The forward pass begins with the step; what a method does
+    after the optimizer counts with it. None where the step hides its phases.
+    """
+    spent: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        names: list[str] = []
+        moments: list[Any] = []
+
+        def enter(name: str, names: list[str] = names, moments: list[Any] = moments) -> None:
+            names.append(name)
+            moments.append(_moment(device))
+
+        _settle(device)
+        enter("forward")
+        with phases(objective, optimizer, enter):
+            step()
+        enter("end")
+        _settle(device)
+        if set(names) != {*PHASES, "end"}:
+            return None
+        seconds = dict.fromkeys(PHASES, 0.0)
+        for name, (begin, end) in zip(names, itertools.pairwise(moments), strict=False):
+            seconds[name] += _between(begin, end)
+        for name, value in seconds.items():
+            spent.setdefault(name, []).append(value)
+    medians = {name: float(np.median(values)) for name, values in spent.items()}
+    total = sum(medians.values())
+    return {SHARES[name]: value / total for name, value in medians.items()}
 
 
+SHARES = {"forward": "forward", "backward": "backward", "step": "optimizer"}
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _moment(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(begin: Any, end: Any) -> float:
+    """Return the seconds between two moments of `_moment`; on CUDA the second must have come."""
+    return end - begin if isinstance(begin, float) else float(begin.elapsed_time(end)) / 1000
+
+
+def _best(work: Callable[[], object], device: torch.device, times: int, windows: int = 5) -> float:
+    """Return seconds per call: the best of `windows` of `times` calls without waiting between them."""
+    for _ in range(3):
+        work()
+    found = []
+    for _ in range(windows):
+        _settle(device)
+        begin = _moment(device)
+        for _ in range(times):
+            work()
+        end = _moment(device)
+        _settle(device)
+        found.append(_between(begin, end) / times)
+    return min(found)
+
+
+@functools.cache
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of a large square matrix product on random data, measured once per process."""
-    key = (str(device), str(dtype))
-    if key not in _CEILINGS:
-        size = 8192 if device.type == "cuda" else 1024
+    """Return the FLOP/s of large square matrix products on random data, measured once per process.
+
+    The best of two sizes: which one a library is fastest at differs between chips and precisions.
+    """
+    rates = []
+    for size in (4096, 8192) if device.type == "cuda" else (512, 1024):
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        for _ in range(3):
-            a @ b
-        seconds = min(_clock(lambda: a @ b, device) for _ in range(5))
-        _CEILINGS[key] = 2 * size**3 / seconds
-    return _CEILINGS[key]
+        out = torch.empty_like(a)
+        rates.append(2 * size**3 / _best(functools.partial(torch.mm, a, b, out=out), device, 10, 5))
+    return max(rates)
+
+
+@functools.cache
+def copy_bandwidth(device: torch.device) -> float:
+    """Return the B/s of a large copy within the device, bytes read and bytes written, measured once per process."""
+    size = 2**30 if device.type == "cuda" else 2**27
+    source, target = (torch.empty(size, dtype=torch.uint8, device=device).fill_(i) for i in (1, 2))
+    return 2 * size / _best(functools.partial(target.copy_, source), device, 10 if device.type == "cuda" else 2)
