@@ -39,6 +39,9 @@ FORMULATIONS = ("head", "text")
 SEED = 0
 """Of random weights."""
 
+PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")
+"""Settings of `transformers` configs that list one value a layer."""
+
 LARGE = 2**28
 """Random models of more parameters are drawn on their own device."""
 
@@ -66,7 +69,7 @@ def load(
     """
     source = locate(config)
     hf_config = _hf_config(config, source)
-    kind = _kind(config, hf_config)
+    kind = kind_of(config, hf_config)
     auto = _auto_class(config, kind, formulation)
     scheme = _scheme(config)
     if scheme is not None:
@@ -81,16 +84,16 @@ def load(
     return Backbone(model, tokenizer, kind, dataclasses.replace(config, kind=kind), source.sha256)
 
 
-def build_meta(config: ModelConfig, formulation: str) -> PreTrainedModel:
+def build_meta(config: ModelConfig, formulation: str, depth: int | None = None) -> PreTrainedModel:
     """The module `load` would give, on the meta device: shapes without weights, files or network.
 
-    A model without `architecture` has its config read from its checkpoint.
+    A model without `architecture` has its config read from its checkpoint. `depth`: the first layers alone, in each of
+    an encoder-decoder's stacks.
     """
-    if config.architecture is None:
-        hf_config = _hf_config(config, locate(config))
-    else:
-        hf_config = _from_architecture(config)
-    auto = _auto_class(config, _kind(config, hf_config), formulation)
+    hf_config = shape_config(config)
+    if depth is not None:
+        _cut(hf_config, depth)
+    auto = _auto_class(config, kind_of(config, hf_config), formulation)
     with torch.device("meta"):
         model = auto.from_config(hf_config, dtype=torch.float32, **_options(config, hf_config, auto))
     scheme = _scheme(config)
@@ -98,6 +101,21 @@ def build_meta(config: ModelConfig, formulation: str) -> PreTrainedModel:
         quantize(model, scheme)
     _freeze(model)
     return model
+
+
+def shape_config(config: ModelConfig) -> PreTrainedConfig:
+    """Return the `transformers` config that gives the model's shapes."""
+    return _hf_config(config, locate(config)) if config.architecture is None else _from_architecture(config)
+
+
+def _cut(hf_config: Any, depth: int) -> None:
+    """Have `hf_config` describe the first `depth` layers."""
+    for name in PER_LAYER:
+        if isinstance(getattr(hf_config, name, None), list):
+            setattr(hf_config, name, getattr(hf_config, name)[:depth])
+    hf_config.num_hidden_layers = depth
+    if getattr(hf_config, "is_encoder_decoder", False):
+        hf_config.num_decoder_layers = depth
 
 
 def _scheme(config: ModelConfig) -> Scheme | None:
@@ -150,7 +168,8 @@ def _first(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def _kind(config: ModelConfig, hf_config: PreTrainedConfig) -> str:
+def kind_of(config: ModelConfig, hf_config: PreTrainedConfig) -> str:
+    """Return encoder, decoder or seq2seq: what the settings say, else what the architecture was pretrained as."""
     if config.family is not None and hf_config.model_type != config.family:
         raise UserError(f"model.family={config.family}: the checkpoint of {config.name!r} is {hf_config.model_type!r}")
     if config.kind is not None:
