@@ -43,7 +43,9 @@ Event = Alloc | Free | Mark
 
 
 @dataclass
-class _Block:
+class Block:
+    """A block's life: events `born` (-1: before the first) to `died` (None: after the last)."""
+
     address: int
     size: int
     born: int
@@ -86,7 +88,7 @@ def replay(
         events: what happened, in order; the first is the mark of the first phase.
         flat_gradient: bytes of all packed gradients in one block.
     """
-    blocks = _lives(before, known, events, flat_gradient)
+    blocks = lives(before, known, events, flat_gradient)
     changes = [0] * (len(events) + 2)
     for block in blocks:
         changes[block.born + 1] += block.size
@@ -109,11 +111,11 @@ def replay(
     return Peak(best, where or next(iter(phases), ""), components, phases)
 
 
-def _lives(
+def lives(
     before: Mapping[int, int], known: Mapping[int, str], events: Sequence[Event], flat_gradient: int
-) -> list[_Block]:
+) -> list[Block]:
     """Return every block with its size, life and component."""
-    live = {a: _Block(a, size, -1, "", component=known.get(a, "workspace")) for a, size in before.items()}
+    live = {a: Block(a, size, -1, "", component=known.get(a, "workspace")) for a, size in before.items()}
     blocks = list(live.values())
     phase = ""
     for i, event in enumerate(events):
@@ -132,7 +134,7 @@ def _lives(
         if gone is not None:
             gone.died = i
         if isinstance(event, Alloc):
-            block = _Block(event.address, event.size, i, phase)
+            block = Block(event.address, event.size, i, phase)
             if phase == "step" and flat_gradient and 0 <= event.size - flat_gradient < 512:
                 block.component, flat_gradient = "gradients", 0
             live[event.address] = block
@@ -140,7 +142,7 @@ def _lives(
     return blocks
 
 
-def _survivors(alive: Iterable[_Block]) -> None:
+def _survivors(alive: Iterable[Block]) -> None:
     """Note that the forward pass ends with these alive."""
     for block in alive:
         if block.phase == "forward":
