@@ -106,7 +106,7 @@ class Arena:
         return [*self.reference.model.parameters(), *self.reference.model.buffers()]
 
     def twin(self, own: torch.dtype | None = None) -> Any:
-        """Return new modules over the base's own tensors, or over copies of the parameters in the dtype `own`."""
+        """Return new modules over the base's own tensors, or over copies, with the parameters in the dtype `own`."""
         source: Any = self.reference.model
         config = copy.deepcopy(source.config)
         with torch.device("meta"):
@@ -119,7 +119,8 @@ class Arena:
                     data = data if own is None else data.to(own, copy=True)
                     made[id(parameter)] = nn.Parameter(data, requires_grad=False)
                 ours._parameters[name] = None if parameter is None else made[id(parameter)]
-            ours._buffers.update(theirs._buffers)
+            for name, buffer in theirs._buffers.items():
+                ours._buffers[name] = buffer if own is None or buffer is None else buffer.clone()
         return model
 
 

@@ -43,7 +43,7 @@ class Parked:
         storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
         self.places: list[tuple[torch.UntypedStorage, Tensor]] = []
         for key, storage in storages.items():
-            if key in kept or storage.nbytes() < SMALLEST_PARKED:
+            if key in kept or storage.nbytes() < SMALLEST_PARKED or not storage.resizable():
                 continue
             host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=storage.device.type == "cuda")
             host.copy_(_bytes(storage))
@@ -94,6 +94,7 @@ class Race:
         self.entries: list[Entry] = []
         self._compiled = False
         base = {t.untyped_storage()._cdata: t.untyped_storage() for t in arena.base_tensors()}
+        gc.freeze()  # what is there by now stays: collecting between turns need not look at it again
         self.base_bytes = sum(-(-s.nbytes() // BLOCK) * BLOCK for s in base.values())
 
     def build(self, name: str) -> None:
@@ -125,6 +126,8 @@ class Race:
                     entry.fail(error)
                     contestant = None  # it goes before the base comes back
             if contestant is not None:
+                if self.arena.device.type == "cuda":
+                    gc.collect()
                 entry.own_bytes = self._allocated() - others - (self.base_bytes if contestant.uses_base else 0)
                 if not contestant.movable:
                     # what a graph uses between its steps counts as allocated while it is captured, and never again
@@ -158,7 +161,7 @@ class Race:
                 entry.parked.back()
             if entry.undo is not None:
                 entry.undo.close()
-            gc.collect()
+        gc.unfreeze()
 
     @contextmanager
     def _present(self, entry: Entry) -> Iterator[None]:
@@ -195,13 +198,12 @@ class Race:
         large = self.exclusive or entry.own_bytes > PARKED_FROM
         if entry.contestant is not None and entry.contestant.movable and large:
             entry.parked = Parked(entry.contestant.tensors(), self.arena.base_tensors())
-        gc.collect()
         if self.arena.device.type == "cuda":
+            gc.collect()
             # every turn begins with an empty cache: what the one before left behind must not matter
             torch.cuda.empty_cache()
 
     def _allocated(self) -> int:
-        gc.collect()
         return torch.cuda.memory_allocated(self.arena.device) if self.arena.device.type == "cuda" else 0
 
 
