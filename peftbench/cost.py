@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peftbench.assembly import Setting, assembled, backbone_of, free
+from peftbench.assembly import Assembly, Setting, assembled, backbone_of, free
 from peftbench.config import ProfileConfig, build
 from peftbench.engine.batches import PackedBatch, TokenTable
 from peftbench.engine.loop import train_step
@@ -31,67 +31,72 @@ class Phases(Protocol):
 @contextmanager
 def trial_of(alone: Setting, encoded: Encoded) -> Iterator[Trial]:
     """One run alone on a batch in which every sequence has full length but the last, which is one token shorter."""
-    rows, length = alone.train.batch_size, alone.max_length
     base = backbone_of(alone).model
     loaded = held([*base.parameters(), *base.buffers()], alone.device)
     with assembled(alone) as assembly:
         tokenizer: Any = assembly.backbone.tokenizer
-        table = TokenTable(_fixed_batch(encoded, rows, length, len(tokenizer)), 0, alone.device)
-        # enough for all instruments, and for energy at half a millisecond a step; a table of rates comes with each
-        optimizer = assembly.optimizer(10_000 + int(2000 * alone.specs[0].profile.get("energy_seconds", 0.0)))
-        batch = PackedBatch(np.arange(rows)[None], length, 0)
-        model, adapter, head, objective = base, assembly.adapter, assembly.head, assembly.objective
-        objective.train(True)
+        fixed = _fixed_batch(encoded, alone.train.batch_size, alone.max_length, len(tokenizer))
+        yield trial_on(assembly, TokenTable(fixed, 0, alone.device), loaded)
 
-        def step() -> Tensor:
-            return train_step(
-                objective,
-                optimizer,
-                table,
-                batch,
-                accumulation=alone.train.accumulation,
-                autocast=alone.autocast,
-            )
 
-        def persistent() -> dict[str, list[Tensor]]:
-            deltas = [delta for _, delta in adapter.parts]
-            return {
-                "adapter": [t for d in deltas for t in (*d.parameters(), *d.buffers())] + objective.parameters(),
-                "optimizer": optimizer.state_tensors(),
-                "weights": [*model.parameters(), *model.buffers()],
-                "workspace": table.tensors(),
-            }
+def trial_on(assembly: Assembly, table: TokenTable, loaded_bytes: int = 0) -> Trial:
+    """Return what steps on all rows of `table` at once: as many as the assembly's runs have in a batch."""
+    setting, adapter, head, objective = assembly.setting, assembly.adapter, assembly.head, assembly.objective
+    rows, length, model = setting.train.batch_size, setting.max_length, assembly.backbone.model
+    # enough for all instruments, and for energy at half a millisecond a step; a table of rates comes with each
+    optimizer = assembly.optimizer(10_000 + int(2000 * setting.specs[0].profile.get("energy_seconds", 0.0)))
+    batch = PackedBatch(np.arange(adapter.runs * rows).reshape(adapter.runs, rows), length, 0)
+    objective.train(True)
 
-        def gradients() -> list[Tensor]:
-            return [p.grad for p in (*optimizer.packed, *optimizer.plain) if p.grad is not None]
-
-        attached = held([t for tensors in persistent().values() for t in tensors], alone.device)
-        own_head = 0 if head is None else head.parameter_count()
-        own = adapter.parameter_count()
-        trained = {id(p) for p in adapter.trained.values()}
-        matrices = _matrices(model)
-        yield Trial(
-            step=step,
-            objective=objective,
-            optimizer=optimizer,
-            persistent=persistent,
-            gradients=gradients,
-            flat_gradient=lambda: optimizer.flat.nbytes,
-            loaded_bytes=loaded,
-            attached_bytes=attached,
-            execution=alone.train.execution,
-            rows=rows,
-            length=length,
-            adapter_parameters=own,
-            head_parameters=own_head,
-            total_parameters=dense_parameter_count(model) + own_head + (0 if trained else own),
-            trained_matrices=sum(p.numel() for p in matrices if id(p) in trained)
-            + sum(p[0].numel() for p in adapter.packed_parameters() if p.dim() > 2),
-            frozen_matrices=sum(p.numel() for p in matrices if id(p) not in trained) + _quantized_weights(model),
-            backward_through_base=bool(adapter.parameters()),
-            checkpoint_bytes=adapter.checkpoint_bytes(),
-            compute_dtype=torch.bfloat16 if alone.train.precision == "bf16" else torch.float32,
+    def step() -> Tensor:
+        return train_step(
+            objective,
+            optimizer,
+            table,
+            batch,
+            accumulation=setting.train.accumulation,
+            autocast=setting.autocast,
         )
+
+    def persistent() -> dict[str, list[Tensor]]:
+        deltas = [delta for _, delta in adapter.parts]
+        return {
+            "adapter": [t for d in deltas for t in (*d.parameters(), *d.buffers())] + objective.parameters(),
+            "optimizer": optimizer.state_tensors(),
+            "weights": [*model.parameters(), *model.buffers()],
+            "workspace": table.tensors(),
+        }
+
+    def gradients() -> list[Tensor]:
+        return [p.grad for p in (*optimizer.packed, *optimizer.plain) if p.grad is not None]
+
+    attached = held([t for tensors in persistent().values() for t in tensors], setting.device)
+    own_head = 0 if head is None else head.parameter_count()
+    own = adapter.parameter_count()
+    trained = {id(p) for p in adapter.trained.values()}
+    matrices = _matrices(model)
+    return Trial(
+        step=step,
+        objective=objective,
+        optimizer=optimizer,
+        persistent=persistent,
+        gradients=gradients,
+        flat_gradient=lambda: optimizer.flat.nbytes,
+        loaded_bytes=loaded_bytes,
+        attached_bytes=attached,
+        execution=setting.train.execution,
+        rows=rows,
+        length=length,
+        adapter_parameters=own,
+        head_parameters=own_head,
+        total_parameters=dense_parameter_count(model) + own_head + (0 if trained else own),
+        trained_matrices=sum(p.numel() for p in matrices if id(p) in trained)
+        + sum(p[0].numel() for p in adapter.packed_parameters() if p.dim() > 2),
+        frozen_matrices=sum(p.numel() for p in matrices if id(p) not in trained) + _quantized_weights(model),
+        backward_through_base=bool(adapter.parameters()),
+        checkpoint_bytes=adapter.checkpoint_bytes(),
+        compute_dtype=torch.bfloat16 if setting.train.precision == "bf16" else torch.float32,
+    )
 
 
 def _fixed_batch(encoded: Encoded, rows: int, length: int, vocabulary: int) -> Encoded:

@@ -25,7 +25,7 @@ def _heads(shape: Shape, query: Shape) -> tuple[int, ...]:
     return (shape[0], query[1], *shape[2:])
 
 
-def _attention_formulas() -> dict[Any, Callable[..., int]]:
+def attention_formulas() -> dict[Any, Callable[..., int]]:
     """Formulas for every SDPA kernel: older PyTorch refuses grouped heads and does not know the CPU's kernel."""
     formulas: dict[Any, Callable[..., int]] = {}
     for kernel in ("efficient_attention", "flash_attention", "cudnn_attention", "flash_attention_for_cpu"):
@@ -38,7 +38,7 @@ def _attention_formulas() -> dict[Any, Callable[..., int]]:
 
 def counted_flops(step: Callable[[], object]) -> int:
     """Return the FLOPs of one step's matrix products and attention, forward and backward."""
-    with FlopCounterMode(display=False, custom_mapping=_attention_formulas()) as counter:
+    with FlopCounterMode(display=False, custom_mapping=attention_formulas()) as counter:
         step()
     return int(counter.get_total_flops())
 
