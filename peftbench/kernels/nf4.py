@@ -60,6 +60,7 @@ def reference(
 ) -> Tensor:
     """Return the same in plain PyTorch."""
     if scale is not None:
+        assert offset is not None
         absmax = dequantize_8bit(absmax, scale, dynamic_map(device=absmax.device)) + offset
     return dequantize_4bit(codes, absmax, kind, shape, dtype)
 
