@@ -312,6 +312,9 @@ _OPT = Family(
         ),
     ),
     embedding="decoder.embed_tokens",
+    # the language model calls the decoder itself, past the model around it
+    input="decoder",
+    output="decoder",
     norm=(("norm.final", "decoder.final_layer_norm"),),
     positions=lambda config: config.max_position_embeddings,
 )
