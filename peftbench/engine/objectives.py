@@ -6,15 +6,20 @@ gradient accumulation changes nothing. Nothing here waits for the device.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from peftbench.engine.heads import PackedHead, pool
+from peftbench.kernels.cross_entropy import linear_cross_entropy
 from peftbench.methods.base import StepEnd
+from peftbench.models.output import hidden_states, plain_output_layer
+
+logger = logging.getLogger("peftbench")
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -120,12 +125,18 @@ class HeadObjective(Objective):
         return losses.reshape(self.runs, -1).sum(dim=1)
 
 
+LOGITS_BYTES = 2**27
+"""More logits than fit here in fp32 are never held all at once; up to here, all together are smaller than one chunk."""
+
+
 class TextObjective(Objective):
     """Cross-entropy on answer tokens only; prompts and padding carry the label −100."""
 
     def __init__(self, model: nn.Module, adapter: Adapter, runs: int, *, seq2seq: bool) -> None:
         super().__init__(model, runs, adapter)
         self.seq2seq = seq2seq
+        self._needs_logits = False
+        """Whether the model has been seen to do something to its logits."""
 
     def count(self, batch: dict[str, Tensor]) -> Tensor:
         labels = batch["labels"] if self.seq2seq else batch["labels"][:, 1:]
@@ -133,20 +144,43 @@ class TextObjective(Objective):
 
     def token_losses(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the cross-entropy of every label [rows, T], 0 where there is none."""
-        self.condition(batch)
-        inputs = {k: batch[k] for k in MODEL_INPUTS if k in batch}
-        labels = batch["labels"]
-        if self.seq2seq:
-            decoder: Any = self.model
-            decoder_ids = decoder._shift_right(labels)
-            logits = self.model(**inputs, decoder_input_ids=decoder_ids, use_cache=False).logits
-        else:
-            logits = self.model(**inputs, use_cache=False).logits[:, :-1]
-            labels = labels[:, 1:]
-        flat = nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
-        )
-        return flat.reshape(labels.shape)
+        return self._losses(batch, None)
 
     def loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.token_losses(batch).reshape(self.runs, -1).sum(dim=1)
+        return self._losses(batch, self.runs)
+
+    def _losses(self, batch: dict[str, Tensor], groups: int | None) -> Tensor:
+        """Return losses label by label [rows, T], or their sums over `groups` equal parts of the rows [G]."""
+        self.condition(batch)
+        inputs: dict[str, Any] = {k: batch[k] for k in MODEL_INPUTS if k in batch} | {"use_cache": False}
+        if self.seq2seq:
+            labels = batch["labels"]
+            inputs["decoder_input_ids"] = cast(Any, self.model)._shift_right(labels)
+        else:
+            # the labels move, and not the logits: these would be copied
+            labels = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        layer = self._output_layer(labels, groups)
+        states = None if layer is None else hidden_states(self.model, layer, inputs)
+        if layer is not None and states is not None:
+            flat = linear_cross_entropy(states.flatten(0, 1), layer.weight, labels.flatten(), layer.bias, groups=groups)
+            if groups is not None:
+                return flat
+        else:
+            if layer is not None:
+                self._needs_logits = True
+                logger.warning("%s changes its logits: all are held at once", type(self.model).__name__)
+            logits = self.model(**inputs).logits
+            flat = nn.functional.cross_entropy(
+                logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
+            )
+        losses = flat.reshape(labels.shape)
+        losses = losses if self.seq2seq else losses[:, :-1]
+        return losses if groups is None else losses.reshape(groups, -1).sum(dim=1)
+
+    def _output_layer(self, labels: Tensor, groups: int | None) -> nn.Linear | None:
+        """Return the output layer where it pays, and is possible, to make its logits chunk by chunk."""
+        layer = None if self._needs_logits else plain_output_layer(self.model)
+        if layer is None or 4 * labels.numel() * layer.out_features <= LOGITS_BYTES:
+            return None
+        # the gradient of a weight that trains is made for one factor on all losses
+        return None if layer.weight.requires_grad and torch.is_grad_enabled() and groups != 1 else layer
