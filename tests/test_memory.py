@@ -76,6 +76,18 @@ def test_the_optimizers_one_copy_of_all_gradients_is_gradients() -> None:
     assert (components["gradients"], components["workspace"]) == (1024, 1024)
 
 
+def test_gradients_kept_from_step_to_step_are_gradients() -> None:
+    events: list[Event] = [Mark("forward"), Mark("backward"), Mark("step", gradients=[3, 4])]
+    components = replay(BEFORE, KNOWN, events).components
+    assert (components["gradients"], components["optimizer"], components["workspace"]) == (210, 0, 0)
+
+
+def test_a_block_whose_address_is_given_again_is_gone() -> None:
+    events: list[Event] = [Mark("forward"), Alloc(10, 5), Alloc(10, 50), Mark("backward"), Mark("step")]
+    peak = replay({}, {}, events)
+    assert peak.bytes == sum(peak.components.values()) == 50
+
+
 def test_a_mark_corrects_what_was_asked_for_to_what_was_given() -> None:
     events: list[Event] = [Mark("forward"), Alloc(10, 512), Mark("backward", {10: 1536}), Mark("step")]
     peak = replay({}, {}, events)

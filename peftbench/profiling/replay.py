@@ -126,7 +126,7 @@ def lives(
             if phase == "forward" and event.phase != "forward":
                 _survivors(live.values())
             for address in event.gradients:
-                if address in live and live[address].born >= 0:
+                if address in live:
                     live[address].component = "gradients"
             phase = event.phase
             continue
