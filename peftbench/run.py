@@ -23,8 +23,9 @@ from peftbench.engine import evaluation, objectives
 from peftbench.engine.batches import TokenTable, make_buckets, packed_batches, steps_per_epoch
 from peftbench.engine.loop import train
 from peftbench.engine.optimizer import PackedAdamW
+from peftbench.engine.stepping import stepper
 from peftbench.errors import UserError
-from peftbench.record import RunRecord, RunSpec
+from peftbench.record import DEFAULT_EXECUTION, RunRecord, RunSpec
 from peftbench.store import Store
 from peftbench.tasks.base import Encoded, Task
 
@@ -182,23 +183,32 @@ def _train(
 
         evaluate_at = _evaluation_steps(steps, per_epoch, config.evaluate_every)
         listener.phase("train")
-        trace = train(
+        make_step = stepper(
+            config.execution,
             assembly.objective,
             optimizer,
             table,
+            accumulation=config.accumulation,
+            autocast=setting.autocast,
+        )
+        trace = train(
+            assembly.objective,
+            make_step,
             list(packed_batches(buckets, config.batch_size, seeds, steps)),
             evaluate_at=evaluate_at,
             evaluate=evaluate,
-            accumulation=config.accumulation,
-            autocast=setting.autocast,
             on_step=on_step,
         ).values()
+        ran = {"execution": make_step.execution, "replayed_steps": make_step.replayed}
+        del make_step  # with it go its graphs, and the memory they hold
         alive = optimizer.alive.cpu().tolist()
         selection.restore()
         listener.phase("test")
         tested = {name: _tested(assembly, rows) for name, rows in splits.items() if name.startswith("test")}
         qualities = [_quality(setting, selection, tested, run) if ok else None for run, ok in enumerate(alive)]
         traces = [_trace(trace[:, run], [r[run] for r in optimizer.rates]) for run in range(len(seeds))]
+        if config.execution != DEFAULT_EXECUTION:
+            traces = [t | ran for t in traces]
         broken = [int(np.argmax(~np.isfinite(trace[:, run]))) + 1 for run in range(len(seeds))]
         errors = [
             None

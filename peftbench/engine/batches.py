@@ -133,9 +133,29 @@ class TokenTable:
         Keys: input_ids, attention_mask [rows, T]; where the split has them token_type_ids [rows, T], targets and
         task_ids [rows], labels.
         """
-        index = torch.from_numpy(np.ascontiguousarray(items.reshape(-1)))
+        index = self.index(items)
         if self.device.type == "cuda":
-            index = index.pin_memory().to(self.device, non_blocking=True)
+            index = index.to(self.device, non_blocking=True)
+        return self.rows(index, length, self.label_length(items))
+
+    def index(self, items: np.ndarray) -> Tensor:
+        """Return `items` (any shape) as a flat index on the host, in memory that a GPU can fetch by itself."""
+        index = torch.from_numpy(np.ascontiguousarray(items.reshape(-1)))
+        return index.pin_memory() if self.device.type == "cuda" else index
+
+    def label_length(self, items: np.ndarray) -> int:
+        """Return how many labels the longest of `items` has; 0 without labels, or where they lie over the input."""
+        if self.labels is None or self._labels_over_input:
+            return 0
+        return max(self.label_lengths[i] for i in items.reshape(-1))
+
+    @property
+    def _labels_over_input(self) -> bool:
+        # A decoder-only model's labels lie over its input; an encoder-decoder's are a sequence of their own.
+        return self.labels is not None and self.labels.shape == self.input_ids.shape
+
+    def rows(self, index: Tensor, length: int, label_length: int) -> dict[str, Tensor]:
+        """Return the batch of the rows in `index` (on the device), as `gather` does, by work on the device alone."""
         length = min(length, self.input_ids.shape[1])
         places = torch.arange(length, device=self.device)
         lengths = self._lengths[index].unsqueeze(1)
@@ -148,11 +168,7 @@ class TokenTable:
         if self.task_ids is not None:
             batch["task_ids"] = self.task_ids[index]
         if self.labels is not None:
-            widest = max(self.label_lengths[i] for i in items.reshape(-1))
-            # A decoder-only model's labels lie over its input; an encoder-decoder's are a sequence of their own.
-            batch["labels"] = self._cut(
-                self.labels, index, length if self.labels.shape == self.input_ids.shape else widest
-            )
+            batch["labels"] = self._cut(self.labels, index, length if self._labels_over_input else label_length)
         return batch
 
 

@@ -40,8 +40,22 @@ def train_step(
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Tensor:
     """Make one optimizer step for all runs and return their losses [R], without waiting for the device."""
-    whole = table.gather(batch.items, batch.length) if accumulation == 1 else None
-    chunks = [whole] if whole is not None else _chunks(table, batch, accumulation)
+    parts = parts_of(batch.items, accumulation)
+    return step_on([table.gather(part, batch.length) for part in parts], objective, optimizer, autocast)
+
+
+def parts_of(items: np.ndarray, accumulation: int) -> list[np.ndarray]:
+    """Cut items [R, B] into those that go through the model one after another, [R, B / accumulation] each."""
+    return [items] if accumulation == 1 else np.array_split(items, min(accumulation, items.shape[1]), axis=1)
+
+
+def step_on(
+    chunks: Sequence[dict[str, Tensor]],
+    objective: Objective,
+    optimizer: PackedAdamW,
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> Tensor:
+    """Make one optimizer step on the rows of all `chunks`; work on the device alone, in an order that never changes."""
     counts = torch.stack([objective.count(c) for c in chunks]).sum(dim=0)
     total: Tensor | None = None
     for chunk in chunks:
@@ -60,30 +74,20 @@ def train_step(
     return total
 
 
-def _chunks(table: TokenTable, batch: PackedBatch, accumulation: int) -> list[dict[str, Tensor]]:
-    parts = np.array_split(batch.items, min(accumulation, batch.items.shape[1]), axis=1)
-    return [table.gather(part, batch.length) for part in parts]
-
-
 def train(
     objective: Objective,
-    optimizer: PackedAdamW,
-    table: TokenTable,
+    make_step: Callable[[PackedBatch], Tensor],
     batches: Sequence[PackedBatch],
     *,
     evaluate_at: frozenset[int],
     evaluate: Evaluate,
-    accumulation: int = 1,
-    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     on_step: Callable[[int, Tensor], None] = lambda step, losses: None,
 ) -> Trace:
-    """Train on `batches`, one optimizer step each, evaluating after the steps in `evaluate_at`."""
+    """Train on `batches`, one optimizer step each (see `stepping`), evaluating after the steps in `evaluate_at`."""
     trace = Trace()
     objective.train(True)
     for step, batch in enumerate(batches, start=1):
-        trace.losses.append(
-            train_step(objective, optimizer, table, batch, accumulation=accumulation, autocast=autocast)
-        )
+        trace.losses.append(make_step(batch))
         on_step(step, trace.losses[-1])
         if step in evaluate_at:
             objective.train(False)
