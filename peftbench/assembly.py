@@ -15,6 +15,7 @@ from torch import nn
 from peftbench import registry
 from peftbench.config import ModelConfig, TrainConfig, build
 from peftbench.engine import objectives
+from peftbench.engine.compiling import compiled_layers
 from peftbench.engine.heads import PackedHead
 from peftbench.engine.moments import Storage
 from peftbench.engine.optimizer import PackedAdamW, Recipe
@@ -191,7 +192,8 @@ def assembled(setting: Setting, backbone: Backbone | None = None) -> Iterator[As
                 )
             else:
                 objective = objectives.TextObjective(model, adapter, len(seeds), seq2seq=backbone.kind == "seq2seq")
-            yield Assembly(setting, backbone, adapter, objective, head)
+            with compiled_layers(model) if setting.train.execution == "compiled" else nullcontext():
+                yield Assembly(setting, backbone, adapter, objective, head)
         finally:
             adapter.detach()
             model.eval()
