@@ -23,7 +23,7 @@ from peftbench import registry
 from peftbench.assembly import Setting, assembled
 from peftbench.config import ModelConfig, build
 from peftbench.engine.batches import PackedBatch, TokenTable
-from peftbench.engine.loop import train_step
+from peftbench.engine.stepping import stepper
 from peftbench.models.load import Backbone, load
 from peftbench.models.quantized import Scheme, quantize
 from peftbench.resolve import Demand, plan
@@ -47,6 +47,7 @@ class Contestant:
         uses_base: whether it computes with the shared tensors of the frozen base.
         trains_base: whether the base's own weights train (6N FLOPs a token, not 4N).
         movable: whether its tensors may change their addresses between steps; a captured graph's may not.
+        ran: whether steps have been run the way the contestant's name says.
         note: what a reader should know about its settings.
     """
 
@@ -56,6 +57,7 @@ class Contestant:
     uses_base: bool = True
     trains_base: bool = False
     movable: bool = True
+    ran: Callable[[], bool] = lambda: True
     note: str = ""
 
 
@@ -249,8 +251,7 @@ def ours(method: str, execution: str = "eager", **settings: Any) -> Builder:
             batch = PackedBatch(np.arange(len(ids))[None], len(ids[0]), 0)
             assembly.objective.train(True)
 
-            def step() -> Tensor:
-                return train_step(assembly.objective, optimizer, table, batch, autocast=setting.autocast)
+            make_step = stepper(execution, assembly.objective, optimizer, table, autocast=setting.autocast)
 
             def tensors() -> Iterator[Tensor]:
                 yield from model.parameters()
@@ -262,12 +263,13 @@ def ours(method: str, execution: str = "eager", **settings: Any) -> Builder:
                 yield from table.tensors()
 
             yield Contestant(
-                step,
+                lambda: make_step(batch),
                 tensors,
                 assembly.adapter.parameter_count(),
                 uses_base=not setting.trains_base,
                 trains_base=setting.trains_base,
                 movable=execution != "graphs",
+                ran=lambda: execution == make_step.execution,
                 note=_note(setting, quantization),
             )
 

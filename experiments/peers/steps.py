@@ -253,6 +253,9 @@ def records(race: Race, origin: dict[str, Any], ceilings: dict[str, float]) -> l
     cuda = arena.device.type == "cuda"
     made = []
     for entry in race.entries:
+        if entry.contestant is not None and entry.status == "completed" and not entry.contestant.ran():
+            entry.fail(RuntimeError("steps ran eagerly"))
+    for entry in race.entries:
         c, done = entry.contestant, entry.status == "completed"
         made.append(
             {
