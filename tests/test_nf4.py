@@ -1,6 +1,8 @@
 """Restoring 4-bit weights: the Triton kernel is the reference bit for bit, and compiled layers keep no dense weight."""
 
+import importlib
 import itertools
+import json
 import logging
 import os
 import subprocess
@@ -306,3 +308,28 @@ def test_a_compiled_layer_under_autocast():
         want, got = model(x), compiled(model, [])(x)
     assert got.dtype == torch.bfloat16
     assert torch.equal(got, want)
+
+
+# the comparison with bitsandbytes
+
+
+def test_the_comparison_counts_bytes_and_writes_records(monkeypatch, tmp_path, capsys):
+    peers = Path(__file__).parent.parent / "experiments" / "peers"
+    if not peers.is_dir():
+        pytest.skip("no experiments folder beside the tests")
+    monkeypatch.syspath_prepend(str(peers))
+    script = importlib.import_module("dequantize")
+    out = tmp_path / "dequantize.jsonl"
+    # bitsandbytes compiles what it has no kernel for on a CPU
+    with torch.compiler.set_stance("force_eager"):
+        options = ["--device", "cpu", "--sizes", "64x512", "--rounds", "2", "--calls", "2", "--out", str(out)]
+        script.main(options)
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {r["contestant"] for r in records} <= {"ours", "bitsandbytes"}
+    ours = records[0]
+    assert ours["contestant"] == "ours"
+    assert ours["equal_to_reference"]
+    # codes, absmax, scale, offset, result
+    assert ours["moved_bytes"] == 64 * 512 // 2 + 512 + 2 * 4 + 4 + 2 * 64 * 512
+    assert ours["bytes_per_second"] == pytest.approx(ours["moved_bytes"] / ours["seconds"]["p50"], rel=1e-3)
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(records)

@@ -10,7 +10,8 @@ Codes, scales and restored values are those of bitsandbytes 0.50 bit for bit, de
 which are both positive here). Its CPU and its CUDA kernels differ in how they take reciprocals, in the last digit of
 some boundaries between codes, in blocks of zeros, in FP4's zeros, and in the 8-bit map, which the CPU looks up on a
 grid of 2^16 points; each difference is followed and named below. Not followed are blocks whose largest value is
-subnormal, and ties in the last rounding to fp16, which its CPU library breaks by processor; here they go to even.
+subnormal, ties in the last rounding to fp16, which its CPU library breaks by processor (here they go to even), and the
+wrong scales that its CPU library restores matrices with whose width is an odd multiple of 32 (seen with AVX-512).
 """
 
 from __future__ import annotations
