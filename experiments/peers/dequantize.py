@@ -64,7 +64,7 @@ def moved_bytes(packed: Packed, shape: tuple[int, int], dtype: torch.dtype) -> i
 def contestants(
     scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, sweep: bool
 ) -> dict[str, Restore]:
-    """Return by name what restores a weight: ours as the product does it, bitsandbytes', and with `sweep` ours cut anew."""
+    """Return by name what restores a weight: ours as the product does it, bitsandbytes', with `sweep` ours cut anew."""
     size = torch.Size(shape)
 
     def through(name: str) -> Restore:
