@@ -14,6 +14,7 @@ from peftbench.assembly import Assembly, Setting, assembled, backbone_of, free
 from peftbench.config import ProfileConfig, build
 from peftbench.engine.batches import PackedBatch, TokenTable
 from peftbench.engine.loop import train_step
+from peftbench.engine.stepping import stepper
 from peftbench.models.quantized import dense_parameter_count
 from peftbench.profiling.cost import Trial, measure
 from peftbench.profiling.memory import held
@@ -48,15 +49,8 @@ def trial_on(assembly: Assembly, table: TokenTable, loaded_bytes: int = 0) -> Tr
     batch = PackedBatch(np.arange(adapter.runs * rows).reshape(adapter.runs, rows), length, 0)
     objective.train(True)
 
-    def step() -> Tensor:
-        return train_step(
-            objective,
-            optimizer,
-            table,
-            batch,
-            accumulation=setting.train.accumulation,
-            autocast=setting.autocast,
-        )
+    recipe: dict[str, Any] = {"accumulation": setting.train.accumulation, "autocast": setting.autocast}
+    make_step = stepper(setting.train.execution, objective, optimizer, table, **recipe)
 
     def persistent() -> dict[str, list[Tensor]]:
         deltas = [delta for _, delta in adapter.parts]
@@ -76,7 +70,9 @@ def trial_on(assembly: Assembly, table: TokenTable, loaded_bytes: int = 0) -> Tr
     trained = {id(p) for p in adapter.trained.values()}
     matrices = _matrices(model)
     return Trial(
-        step=step,
+        step=lambda: make_step(batch),
+        by_operations=lambda: train_step(objective, optimizer, table, batch, **recipe),
+        stepper=make_step,
         objective=objective,
         optimizer=optimizer,
         persistent=persistent,
@@ -84,7 +80,6 @@ def trial_on(assembly: Assembly, table: TokenTable, loaded_bytes: int = 0) -> Tr
         flat_gradient=lambda: optimizer.flat.nbytes,
         loaded_bytes=loaded_bytes,
         attached_bytes=attached,
-        execution=setting.train.execution,
         rows=rows,
         length=length,
         adapter_parameters=own,

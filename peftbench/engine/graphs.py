@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -106,6 +107,7 @@ class GraphSteps:
 
     Attributes:
         replayed: steps that were replays.
+        capture_seconds: time spent on captures.
         failure: why a capture failed, or None.
     """
 
@@ -122,6 +124,7 @@ class GraphSteps:
     ) -> None:
         assert not objective.adapter.watches_steps, "what acts after steps cannot be captured"
         self.replayed = 0
+        self.capture_seconds = 0.0
         self.failure: str | None = None
         self._objective, self._optimizer, self._table = objective, optimizer, table
         self._accumulation, self._autocast, self._eager_steps = accumulation, autocast, eager_steps
@@ -172,7 +175,7 @@ class GraphSteps:
 
     def _captured(self, shape: Shape) -> Work | None:
         """Capture the shape's step; None if that fails."""
-        optimizer, done = self._optimizer, self._optimizer.step_count
+        optimizer, done, begin = self._optimizer, self._optimizer.step_count, time.perf_counter()
         try:
             with optimizer.capturable():
                 return self._recorder.record(lambda: self._step(shape))
@@ -185,6 +188,7 @@ class GraphSteps:
         finally:
             # a capture does nothing on the device, and so is no step
             optimizer.step_count = done
+            self.capture_seconds += time.perf_counter() - begin
 
 
 def _first_line(error: BaseException) -> str:

@@ -26,6 +26,10 @@ class Stepper(Protocol):
     def replayed(self) -> int:
         """Steps that were replays of a CUDA graph."""
 
+    @property
+    def capture_seconds(self) -> float:
+        """Time spent on capturing graphs."""
+
     def __call__(self, batch: PackedBatch) -> Tensor: ...
 
 
@@ -33,6 +37,7 @@ class EagerSteps:
     """`train_step` on every batch, on modules as they are: plain, or compiled by whoever put them together."""
 
     replayed = 0
+    capture_seconds = 0.0
 
     def __init__(
         self,

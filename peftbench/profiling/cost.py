@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from peftbench.engine.stepping import Stepper
 from peftbench.profiling.energy import energy_of
 from peftbench.profiling.flops import analytic_flops_per_token, counted_flops
 from peftbench.profiling.memory import memory_of
@@ -25,17 +26,21 @@ class Trial:
 
     Attributes:
         step: makes one whole training step without waiting for the device.
-        objective, optimizer: what `step` calls `loss_sum` and `step` of; instruments listen there.
+        by_operations: makes the same step operation by operation, which a replayed graph does not; for instruments
+        that look at operations or phases.
+        stepper: what `step` runs; says what really ran.
+        objective, optimizer: what `by_operations` calls `loss_sum` and `step` of; instruments listen there.
         persistent: gives the tensors alive between steps by component, the adapter's before the base's.
         gradients: gives the gradients there are now.
         flat_gradient: gives the bytes of all packed gradients in one block.
         loaded_bytes, attached_bytes: in use with the base alone, and with all that a step needs.
-        execution: eager, compiled or graphs.
         rows, length: the batch's shape in tokens.
         adapter_parameters and the like: counts.
     """
 
     step: Callable[[], object]
+    by_operations: Callable[[], object]
+    stepper: Stepper
     objective: Any
     optimizer: Any
     persistent: Callable[[], Mapping[str, Iterable[torch.Tensor]]]
@@ -43,7 +48,6 @@ class Trial:
     flat_gradient: Callable[[], int]
     loaded_bytes: int
     attached_bytes: int
-    execution: str
     rows: int
     length: int
     adapter_parameters: int
@@ -88,11 +92,14 @@ def measure(
         timing = time_steps(trial.step, device, min_warmup=min_warmup, steps=steps, max_seconds=max_seconds)
         seconds = timing.percentile(50)
         instruments = ("phases", "memory", "flops", "traffic", "kernels")
-        plain, watched = Watched(trial.step, device), {name: Watched(trial.step, device) for name in instruments}
+        plain, single = Watched(trial.step, device), Watched(trial.by_operations, device)
+        watched = {name: Watched(trial.by_operations, device) for name in instruments}
+        watched["kernels"] = Watched(trial.step, device)
         for _ in range(3):
             plain()
+            single()
         shares = step_shares(watched["phases"], device, trial.objective, trial.optimizer)
-        memory = memory_of(trial, trial.step, device, watched["memory"])
+        memory = memory_of(trial, trial.by_operations, device, watched["memory"])
         flops = counted_flops(watched["flops"])
         traffic = traffic_of(watched["traffic"])
         kernels = kernels_per_step(watched["kernels"], device)
@@ -100,7 +107,8 @@ def measure(
         after = Watched(trial.step, device)
         for _ in range(3):
             after()
-        base = median(plain.seconds)
+        base, slow = median(plain.seconds), median(single.seconds)
+        execution = trial.stepper.execution
         tokens = trial.rows * trial.length
         analytic = analytic_flops_per_token(
             trial.frozen_matrices, trial.trained_matrices, backward_through_base=trial.backward_through_base
@@ -136,9 +144,15 @@ def measure(
             "energy_joules_per_1k_tokens": None if energy is None else energy.joules / (energy.steps * tokens) * 1000,
             "energy_window_seconds": None if energy is None else energy.seconds,
             "startup_seconds": startup,
-            "compile_seconds": None if trial.execution == "eager" else max(first - base, 0.0),
+            "execution": execution,
+            "compile_seconds": max(first - base, 0.0)
+            if execution == "compiled"
+            else trial.stepper.capture_seconds or None,
             "observer": {
-                **{name: median(w.seconds) / base if w.seconds else None for name, w in watched.items()},
+                **{
+                    name: median(w.seconds) / (base if name == "kernels" else slow) if w.seconds else None
+                    for name, w in watched.items()
+                },
                 "afterwards": median(after.seconds) / base,
             },
             "shape": {"batch_size": trial.rows, "length": trial.length},
