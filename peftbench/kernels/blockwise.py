@@ -203,7 +203,7 @@ def quantize_8bit(x: Tensor, code: Tensor, block: int = DYNAMIC_BLOCK) -> tuple[
         scaled = ((scaled + 1) * 0.5 * GRID + 0.5).floor() / GRID * 2 - 1
     else:
         # there a value on a boundary goes to the code of even index
-        below = torch.nextafter(bounds, bounds.new_tensor(-math.inf))
+        below = torch.nextafter(bounds, torch.full_like(bounds, -math.inf))
         bounds = torch.where(torch.arange(255, device=bounds.device) % 2 == 1, below, bounds)
     codes = torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8)
     # a block of zeros has code 0, the lowest
