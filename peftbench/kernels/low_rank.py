@@ -85,6 +85,7 @@ def low_rank_linear(
     scale: Tensor | None = None,
     inner: Sequence[Tensor] = (),
     gains: Sequence[Tensor] = (),
+    alpha: float | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the outputs [R, N, D_out] of maps that share `x`; differentiable in x, a, b, inner and gains.
 
@@ -94,35 +95,45 @@ def low_rank_linear(
         scale: [R, 1, 1], constant.
         inner: none, or [R, r] for every map.
         gains: none, or [R, D_out] for every map.
+        alpha: the value of `scale` on the host, where all runs have the same: the products then scale by themselves.
     """
     assert all(len(given) in (0, len(frozen)) for given in (inner, gains)), "for every map or for none"
-    out: tuple[Tensor, ...] = _LowRankLinear.apply(x, tuple(frozen), scale, bool(inner), *a, *b, *inner, *gains)
+    out: tuple[Tensor, ...] = _LowRankLinear.apply(x, tuple(frozen), scale, alpha, bool(inner), *a, *b, *inner, *gains)
     return out
 
 
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, frozen: tuple[Frozen, ...], scale: Tensor | None, has_inner: bool, *factors: Tensor
+        ctx: Any,
+        x: Tensor,
+        frozen: tuple[Frozen, ...],
+        scale: Tensor | None,
+        alpha: float | None,
+        has_inner: bool,
+        *factors: Tensor,
     ) -> tuple[Tensor, ...]:
         n = len(frozen)
-        raw, gains = factors[:n], list(factors[(3 if has_inner else 2) * n :])
-        a = torch.cat(raw, dim=2) if n > 1 else raw[0]
-        a = (a if scale is None else a * scale).to(x.dtype)
-        b = [t.to(x.dtype) for t in factors[n : 2 * n]]
+        gains = list(factors[(3 if has_inner else 2) * n :])
+        cast = _cast(factors[: 2 * n], x.dtype)
+        a = torch.cat(cast[:n], dim=2) if n > 1 else cast[0]
+        if scale is not None and alpha is None:
+            a = (a * scale).to(x.dtype)
+        b = list(cast[n:])
         inner = torch.cat(factors[2 * n : 3 * n], dim=1) if has_inner else None
         parts, kinds, keeps = _flat(frozen)
         biases = [f.bias for f in frozen]
+        late = 1.0 if scale is None or alpha is None else alpha
         if torch.compiler.is_compiling():
-            u, *outputs = _forward_op(x, a, b, parts, ";".join(kinds), biases, inner, gains)
+            u, *outputs = _forward_op(x, a, b, parts, ";".join(kinds), biases, inner, gains, late)
         else:
-            u, *outputs = _forward(x, a, b, parts, kinds, biases, inner, gains)
+            u, *outputs = _forward(x, a, b, parts, kinds, biases, inner, gains, late)
         kept = [y for y, keep in zip(outputs, keeps, strict=True) if keep] if gains else []
         again = bool(gains) and not all(keeps)
-        trains = any(ctx.needs_input_grad[4 : 4 + n])
+        trains = any(ctx.needs_input_grad[5 : 5 + n])
         ctx.save_for_backward(x if trains or again else None, scale, a, u, inner, *b, *gains, *kept)
-        ctx.frozen = frozen
-        ctx.ranks = [t.shape[2] for t in raw]
+        ctx.frozen, ctx.alpha, ctx.late = frozen, alpha, late
+        ctx.ranks = [t.shape[2] for t in cast[:n]]
         ctx.dtypes = [t.dtype for t in factors]
         ctx.has_gains = bool(gains)
         ctx.set_materialize_grads(False)
@@ -141,25 +152,42 @@ class _LowRankLinear(torch.autograd.Function):
             for g, t in zip(gradients, b, strict=True)
         ]
         needs_x = ctx.needs_input_grad[0]
-        needs_a = any(ctx.needs_input_grad[4 : 4 + n])
+        needs_a = any(ctx.needs_input_grad[5 : 5 + n])
         biases = [f.bias for f in frozen]
+        late = ctx.late
         if torch.compiler.is_compiling():
-            found = _backward_op(
-                x, a, u, b, parts, ";".join(kinds), biases, inner, gains, kept, keeps, given, needs_x, needs_a
+            dx, da, dinner, *others = _backward_op(
+                x, a, u, b, parts, ";".join(kinds), biases, inner, gains, kept, keeps, given, needs_x, needs_a, late
             )
         else:
-            found = _backward(x, a, u, b, parts, kinds, biases, inner, gains, kept, keeps, given, needs_x, needs_a)
-        dx, da, dinner, *others = found
+            dx, da, dinner, others = _backward(
+                x, a, u, b, parts, kinds, biases, inner, gains, kept, keeps, given, needs_x, needs_a, late
+            )
         db, dg = others[:n], others[n:]
         das: list[Tensor | None] = [None] * n
         if needs_a:
             split = da.split(ctx.ranks, dim=2) if n > 1 else [da]
-            das = [
-                (t if scale is None else t * scale).to(dtype) for t, dtype in zip(split, ctx.dtypes[:n], strict=True)
-            ]
-        dbs = [t.to(dtype) for t, dtype in zip(db, ctx.dtypes[n : 2 * n], strict=True)]
+            das = [_scaled_as(t, scale, dtype) for t, dtype in zip(split, ctx.dtypes[:n], strict=True)]
+        after = None if ctx.alpha is None else scale
+        dbs = [_scaled_as(t, after, dtype) for t, dtype in zip(db, ctx.dtypes[n : 2 * n], strict=True)]
         dinners = dinner.split(ctx.ranks, dim=1) if inner is not None else []
-        return (dx if needs_x else None, None, None, None, *das, *dbs, *dinners, *dg)
+        return (dx if needs_x else None, None, None, None, None, *das, *dbs, *dinners, *dg)
+
+
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """Return the tensors in `dtype`, all in one operation where it helps."""
+    if all(t.dtype == dtype for t in tensors):
+        return tensors
+    if torch.compiler.is_compiling():
+        return [t.to(dtype) for t in tensors]
+    made = [torch.empty_like(t, dtype=dtype) for t in tensors]
+    torch._foreach_copy_(made, tensors)
+    return made
+
+
+def _scaled_as(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return `tensor` times `scale` [R, 1, 1] in `dtype`; for a scale of that dtype it is one operation."""
+    return (tensor if scale is None else tensor * scale).to(dtype)
 
 
 def _flat(frozen: Sequence[Frozen]) -> tuple[list[Tensor], list[str], list[bool]]:
@@ -193,20 +221,24 @@ def _columns(b: Tensor, gain: Tensor | None) -> Tensor:
     return b if gain is None else torch.mul(b, gain.unsqueeze(1), out=torch.empty_like(b))
 
 
-def _product(x: Tensor, u: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> Tensor:
+def _product(
+    x: Tensor, u: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, alpha: float
+) -> Tensor:
     """Return one map's output; `weight` carries the gain already where there is one run."""
     runs, rows, width = x.shape
     late = gain is not None and runs > 1
     if runs == 1:
         b = _columns(b, gain)
-        y = torch.mm(u[0], b[0]) if bias is None else torch.addmm(bias.to(x.dtype), u[0], b[0])
-        y.addmm_(x[0], weight.t())
-        return y.unsqueeze(0)
+        if bias is None:
+            return torch.mm(u[0], b[0]).addmm_(x[0], weight.t(), beta=alpha).unsqueeze(0)
+        return torch.addmm(bias.to(x.dtype), u[0], b[0], alpha=alpha).addmm_(x[0], weight.t()).unsqueeze(0)
+    flat = x.reshape(runs * rows, width)
     if bias is None or late:
         y = torch.bmm(u, b)
+        y.view(runs * rows, -1).addmm_(flat, weight.t(), beta=alpha)
     else:
-        y = torch.baddbmm(bias.to(x.dtype).expand(runs, 1, -1), u, b)
-    y.view(runs * rows, -1).addmm_(x.reshape(runs * rows, width), weight.t())
+        y = torch.baddbmm(bias.to(x.dtype).expand(runs, 1, -1), u, b, alpha=alpha)
+        y.view(runs * rows, -1).addmm_(flat, weight.t())
     if late:
         assert gain is not None
         y.mul_(gain.unsqueeze(1))
@@ -233,6 +265,7 @@ def _forward(
     biases: list[Tensor | None],
     inner: Tensor | None,
     gains: list[Tensor],
+    alpha: float,
 ) -> list[Tensor]:
     """Return u [R, N, all ranks], without the inner factor, and the outputs."""
     u = _small(x, a)
@@ -240,7 +273,7 @@ def _forward(
     outputs = []
     for i, (tensors, kind) in enumerate(_weights(parts, kinds)):
         weight = _scaled(weight_of(tensors, kind, x.dtype), gains, i)
-        outputs.append(_product(x, parts_of_u[i], b[i], weight, biases[i], gains[i] if gains else None))
+        outputs.append(_product(x, parts_of_u[i], b[i], weight, biases[i], gains[i] if gains else None, alpha))
     return [u, *outputs]
 
 
@@ -259,8 +292,12 @@ def _backward(
     gradients: list[Tensor],
     needs_x: bool,
     needs_a: bool,
-) -> list[Tensor]:
-    """Return ∂x, ∂(scaled, joined a), ∂(joined inner), each empty unless needed, all ∂b, and ∂g if there are gains."""
+    alpha: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor]]:
+    """Return ∂x, ∂(joined a), ∂(joined inner), each None unless needed; all ∂b, and ∂g if there are gains.
+
+    The gradients of a and b lack the factor `alpha`.
+    """
     runs, rows = u.shape[:2]
     one = runs == 1
     v = _split(u, inner, b)
@@ -278,7 +315,7 @@ def _backward(
             else:
                 assert x is not None
                 weight = _scaled(weight_of(*weights[i], u.dtype), gains, i)
-                y = _product(x, v[i], b[i], weight, biases[i], gain)
+                y = _product(x, v[i], b[i], weight, biases[i], gain, alpha)
                 del weight
             total = column_dot(given, y, biases[i])
             tiny = torch.finfo(torch.float32).tiny
@@ -300,23 +337,23 @@ def _backward(
                 places[i].copy_(torch.bmm(dz, factor.transpose(1, 2)))
             db.append(torch.bmm(v[i].transpose(1, 2), dz))
     assert du is not None
-    dinner = u.new_empty(0)
+    dinner = None
     if inner is not None:
-        dinner = column_dot(du, u)
+        dinner = column_dot(du, u) * alpha
         du = _columns(du, inner)
-    dx = u.new_empty(0)
+    dx = None
     if needs_x:
         dx = _small(du, a.transpose(1, 2))
         flat = dx.view(runs * rows, -1)
         for i, given in enumerate(gradients):
             weight = _scaled(weight_of(*weights[i], u.dtype), gains, i)
             dz = given if one or not gains else _columns(given, gains[i])
-            flat.addmm_(dz.view(runs * rows, -1), weight)
-    da = u.new_empty(0)
+            flat.addmm_(dz.view(runs * rows, -1), weight, beta=alpha if i == 0 else 1.0)
+    da = None
     if needs_a:
         assert x is not None
         da = torch.mm(x[0].t(), du[0]).unsqueeze(0) if one else torch.bmm(x.transpose(1, 2), du)
-    return [dx, da, dinner, *db, *dg]
+    return dx, da, dinner, [*db, *dg]
 
 
 # The same two directions as operations that a compiler does not look into.
@@ -332,12 +369,13 @@ def _forward_op(
     biases: list[Tensor | None],
     inner: Tensor | None,
     gains: list[Tensor],
+    alpha: float,
 ) -> list[Tensor]:
-    return _forward(x, a, b, parts, kinds.split(";"), biases, inner, gains)
+    return _forward(x, a, b, parts, kinds.split(";"), biases, inner, gains, alpha)
 
 
 @_forward_op.register_fake
-def _(x, a, b, parts, kinds, biases, inner, gains):  # type: ignore[no-untyped-def]
+def _(x, a, b, parts, kinds, biases, inner, gains, alpha):  # type: ignore[no-untyped-def]
     shape = x.shape[:2]
     return [x.new_empty((*shape, a.shape[2])), *(x.new_empty((*shape, t.shape[2])) for t in b)]
 
@@ -358,16 +396,20 @@ def _backward_op(
     gradients: list[Tensor],
     needs_x: bool,
     needs_a: bool,
+    alpha: float,
 ) -> list[Tensor]:
-    return _backward(
-        x, a, u, b, parts, kinds.split(";"), biases, inner, gains, kept, keeps, gradients, needs_x, needs_a
+    dx, da, dinner, others = _backward(
+        x, a, u, b, parts, kinds.split(";"), biases, inner, gains, kept, keeps, gradients, needs_x, needs_a, alpha
     )
+    # An operation returns no None
+    return [*(u.new_empty(0) if t is None else t for t in (dx, da, dinner)), *others]
 
 
 @_backward_op.register_fake
-def _(x, a, u, b, parts, kinds, biases, inner, gains, kept, keeps, gradients, needs_x, needs_a):  # type: ignore[no-untyped-def]
+def _(x, a, u, b, parts, kinds, biases, inner, gains, kept, keeps, gradients, needs_x, needs_a, alpha):  # type: ignore[no-untyped-def]
     runs, rows = u.shape[:2]
     dx = u.new_empty((runs, rows, a.shape[1]) if needs_x else 0)
     da = u.new_empty(a.shape if needs_a else 0)
-    dinner = u.new_empty(0) if inner is None else torch.empty_like(inner)
-    return [dx, da, dinner, *(torch.empty_like(t) for t in b), *(torch.empty_like(g) for g in gains)]
+    dinner = u.new_empty(0) if inner is None else inner.new_empty(inner.shape)
+    # contiguous whatever the factors are: those that sites share are views of one matrix
+    return [dx, da, dinner, *(t.new_empty(t.shape) for t in b), *(g.new_empty(g.shape) for g in gains)]

@@ -97,6 +97,8 @@ class Delta(nn.Module):
         super().__init__()
         self.runs = runs
         self.shapes: dict[str, list[torch.Size]] = {}
+        self.constants: dict[str, tuple[float, ...]] = {}
+        """Numbers a run, on the host."""
         self.drawn: list[str] = []
         """Names of frozen random tensors [R, ...], given again by the seed and therefore not saved."""
         self.rate_ratios: dict[str, list[float]] = {}
@@ -123,8 +125,14 @@ class Delta(nn.Module):
 
     def constant(self, name: str, values: Sequence[float], dimensions: int = 3) -> None:
         """Register one number a run as a buffer [R, 1, 1] that broadcasts over packed activations."""
+        self.constants[name] = tuple(values)
         tensor = torch.tensor(list(values), dtype=torch.float32).reshape([self.runs] + [1] * (dimensions - 1))
         self.register_buffer(name, tensor, persistent=False)
+
+    def shared_value(self, name: str) -> float | None:
+        """Return the number that all runs have as the constant `name`; None where they differ."""
+        values = set(self.constants[name])
+        return values.pop() if len(values) == 1 else None
 
     def refer(self, name: str, module: nn.Module) -> None:
         """Keep `module` as the attribute `name` without owning it (its parameters are counted and saved elsewhere)."""
@@ -181,6 +189,7 @@ class Factors:
     Attributes:
         a, b: [R, D_in, r] and [R, r, D_out], in any dtype.
         scale: [R, 1, 1], constant, or None for 1.
+        alpha: the value of `scale` on the host, where all runs have the same.
         inner: [R, r], or None for 1; with a frozen `a` its gradient needs no input kept.
         gain: [R, D_out], or None for 1.
         keep_output: where `gain` trains, save the map's output for the backward pass, or make it again there.
@@ -192,6 +201,7 @@ class Factors:
     inner: Tensor | None = None
     gain: Tensor | None = None
     keep_output: bool = True
+    alpha: float | None = None
 
 
 class LowRankDelta(LinearDelta, ABC):

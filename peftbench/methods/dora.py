@@ -58,6 +58,7 @@ class DoraDelta(LowRankDelta):
         square = norm.square().clamp(min=torch.finfo(torch.float32).tiny)
         self.register_buffer("square", square, persistent=False)
         self.constant("scale", [m.alpha / m.rank for m in methods])
+        self.alpha = self.shared_value("scale")
         self.keep_output = site.role not in CHEAP_AGAIN
         self.dropout = RunDropout([m.dropout for m in methods])
 
@@ -73,7 +74,8 @@ class DoraDelta(LowRankDelta):
         return square.maximum(torch.finfo(dtype).eps * self.square).sqrt()
 
     def factors(self, dtype: torch.dtype) -> Factors:
-        return Factors(self.A, self.B, self.scale, gain=self.magnitude / self.norm(dtype), keep_output=self.keep_output)
+        gain = self.magnitude / self.norm(dtype)
+        return Factors(self.A, self.B, self.scale, gain=gain, keep_output=self.keep_output, alpha=self.alpha)
 
     def gain(self, dtype: torch.dtype) -> Tensor:
         """Return g − 1, [R, 1, D_out]; its distance from zero keeps its digits in half precision, g would not."""

@@ -43,10 +43,11 @@ class LoraDelta(LowRankDelta):
         self.stack("B", [torch.zeros(m.rank, site.out_features) for m in methods])
         self.rate_ratios["B"] = [m.b_rate_ratio for m in methods]
         self.constant("scale", [m.scale for m in methods])
+        self.alpha = self.shared_value("scale")
         self.dropout = RunDropout([m.dropout for m in methods])
 
     def factors(self, dtype: torch.dtype) -> Factors:
-        return Factors(self.A, self.B, self.scale)
+        return Factors(self.A, self.B, self.scale, alpha=self.alpha)
 
     def merged(self, weight: Tensor, bias: Tensor | None, run: int) -> tuple[Tensor, Tensor | None]:
         state = self.run_state(run)

@@ -46,6 +46,7 @@ class LoraFaDelta(LowRankDelta):
         )
         self.stack("B", [torch.zeros(m.rank, site.out_features) for m in methods])
         self.constant("scale", [m.scale for m in methods])
+        self.alpha = self.shared_value("scale")
         self.dropout = RunDropout([m.dropout for m in methods])
         self.corrected = [m.corrected for m in methods]
         self.register_buffer("correction", self._correction(), persistent=False)
@@ -72,7 +73,7 @@ class LoraFaDelta(LowRankDelta):
         if self.correction is not None:
             # The same value; its gradient reaches B through the correction.
             b = b.detach() + self.correction @ (b - b.detach())
-        return Factors(self.A, b, self.scale)
+        return Factors(self.A, b, self.scale, alpha=self.alpha)
 
     def merged(self, weight: Tensor, bias: Tensor | None, run: int) -> tuple[Tensor, Tensor | None]:
         change = (self.run_drawn(run)["A"] @ self.run_state(run)["B"]).T * self.scale[run]

@@ -60,6 +60,7 @@ class PissaDelta(LowRankDelta):
         self.register_buffer("A0", self.A.detach().clone(), persistent=False)
         self.register_buffer("B0", self.B.detach().clone(), persistent=False)
         self.constant("scale", scales)
+        self.alpha = self.shared_value("scale")
         self.dropout = RunDropout([m.dropout for m in methods])
 
     def _joined(self) -> tuple[Tensor, Tensor]:
@@ -67,7 +68,7 @@ class PissaDelta(LowRankDelta):
         return torch.cat([self.A, self.A - self.A0], dim=2), torch.cat([self.B - self.B0, self.B0], dim=1)
 
     def factors(self, dtype: torch.dtype) -> Factors:
-        return Factors(*self._joined(), self.scale)
+        return Factors(*self._joined(), self.scale, alpha=self.alpha)
 
     def merged(self, weight: Tensor, bias: Tensor | None, run: int) -> tuple[Tensor, Tensor | None]:
         a, b = self._joined()

@@ -60,7 +60,7 @@ def _basis(shape: tuple[int, ...], kind: str, short: int, generator: torch.Gener
         chance = 1 / 6 if kind == "sparse" else 1 / (2 * math.sqrt(short))
         basis = torch.where(basis.abs() > 1 - 2 * chance, basis.sign(), 0.0)
     deviation = basis.std() if basis.numel() > 1 else torch.tensor(0.0)
-    return basis / deviation if deviation > 0 else basis
+    return basis / torch.where(deviation > 0, deviation, 1.0)
 
 
 class RandLoraDelta(LinearDelta):

@@ -193,6 +193,7 @@ class _Together:
             factors[0].scale,
             [f.inner for f in factors if f.inner is not None],
             [f.gain for f in factors if f.gain is not None],
+            factors[0].alpha,
         )
         return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
