@@ -29,12 +29,15 @@ import peftbench
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ROWS, LENGTH, RANK = 2, 16, 4
 
+ALLOCATIONS = {f"aten.{name}.default" for name in ("empty", "empty_like", "new_empty", "empty_strided")}
+"""They reserve memory and run nothing."""
+
 Ready = tuple[Callable[[Tensor], Tensor], list[nn.Parameter]]
 Adapt = Callable[[Any], AbstractContextManager[Ready]]
 
 
 class Counts(TorchDispatchMode):
-    """Counts by name the operations that make a new tensor or write into one."""
+    """Counts by name the operations that compute a new tensor or write into one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +45,7 @@ class Counts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not is_view(func, (args, kwargs), out):
+        if str(func) not in ALLOCATIONS and not is_view(func, (args, kwargs), out):
             self.names[str(func)] += 1
         return out
 

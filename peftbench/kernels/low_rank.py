@@ -119,7 +119,7 @@ class _LowRankLinear(torch.autograd.Function):
         a = torch.cat(cast[:n], dim=2) if n > 1 else cast[0]
         if scale is not None and alpha is None:
             a = (a * scale).to(x.dtype)
-        b = list(cast[n:])
+        b = cast[n:]
         inner = torch.cat(factors[2 * n : 3 * n], dim=1) if has_inner else None
         parts, kinds, keeps = _flat(frozen)
         biases = [f.bias for f in frozen]
@@ -174,10 +174,10 @@ class _LowRankLinear(torch.autograd.Function):
         return (dx if needs_x else None, None, None, None, None, *das, *dbs, *dinners, *dg)
 
 
-def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+def _cast(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
     """Return the tensors in `dtype`, all in one operation where it helps."""
     if all(t.dtype == dtype for t in tensors):
-        return tensors
+        return list(tensors)
     if torch.compiler.is_compiling():
         return [t.to(dtype) for t in tensors]
     made = [torch.empty_like(t, dtype=dtype) for t in tensors]
