@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peftbench.kernels import cross_entropy as kernel
-from peftbench.kernels.backend import interpreted
+from peftbench.kernels.backend import interpreted, traced_for
 from peftbench.kernels.cross_entropy import chunk_rows, linear_cross_entropy
 
 DEVICES = [
@@ -79,7 +80,8 @@ def test_kernel_row_losses_and_gradients_are_those_of_float64(shape, dtype, bias
 @devices
 @dtypes
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_kernel_sum_and_weights_gradient_are_those_of_float64(shape, dtype, device):
+def test_kernel_sum_and_weights_gradient_are_those_of_float64(shape, dtype, device, monkeypatch):
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", 2**12)  # cuts the weight's gradient in halves into blocks too
     hidden, weight, labels, _ = problem(*shape[:3], dtype, device)
     weight.requires_grad_()
     total = linear_cross_entropy(hidden, weight, labels, groups=1, chunk=shape[3])
@@ -201,27 +203,34 @@ def test_under_autocast_logits_have_its_dtype_and_gradients_their_owners(device)
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that any tensor made has."""
+    """The most elements, and bytes, that any tensor made has."""
 
     elements = 0
+    bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         self.elements = max([self.elements, *(t.untyped_storage().nbytes() // t.element_size() for t in made)])
+        self.bytes = max([self.bytes, *(t.untyped_storage().nbytes() for t in made)])
         return out
 
 
-@pytest.mark.parametrize("shapes_only", [False, True])
+@pytest.mark.parametrize("shapes", [None, "cpu", "cuda"])
 @dtypes
-def test_no_tensor_holds_all_logits(dtype, shapes_only):
-    with FakeTensorMode(allow_non_fake_inputs=True) if shapes_only else torch.enable_grad():
-        hidden = torch.zeros(64, 8, dtype=dtype, requires_grad=True)
-        weight = torch.zeros(1024, 8, dtype=dtype, requires_grad=True)
+def test_no_tensor_holds_all_logits(dtype, shapes):
+    with ExitStack() as stack:
+        if shapes:
+            stack.enter_context(traced_for(shapes))
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        hidden = torch.zeros(64, 4, dtype=dtype, requires_grad=True)
+        weight = torch.zeros(1024, 4, dtype=dtype, requires_grad=True)
         labels = torch.zeros(64, dtype=torch.long)
         with Largest() as largest:
             linear_cross_entropy(hidden, weight, labels, groups=1, chunk=8).sum().backward()
     assert largest.elements == 8 * 1024
+    # only plain PyTorch copies a chunk to compute in fp32
+    assert largest.bytes == 8 * 1024 * (dtype.itemsize if shapes == "cuda" else 4)
     assert hidden.grad.shape == hidden.shape
     assert weight.grad.shape == weight.shape
 
