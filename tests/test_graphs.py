@@ -24,9 +24,12 @@ from peftbench.engine.stepping import stepper
 from peftbench.errors import UserError
 from peftbench.methods.adapter import generator_for
 from peftbench.models.load import set_dropout
+from peftbench.progress import Quiet
 from peftbench.record import profile_id
+from peftbench.run import run_pack
+from peftbench.store import Store
 from peftbench.tasks.base import Encoded
-from tests.conformance.conftest import fresh, small
+from tests.conformance.conftest import fits, fresh, runs_share, small
 from tests.conftest import make_spec
 
 
@@ -132,7 +135,8 @@ def training(
     set_dropout(model, dropout)
     seeds = list(range(runs))
     adapter = peftbench.attach(model, method, runs=runs, seeds=seeds)
-    head = PackedHead("linear", model.config.hidden_size, 2, [generator_for("head", s) for s in seeds], dropout)
+    width: Any = model.config.hidden_size  # type: ignore[union-attr]
+    head = PackedHead("linear", width, 2, [generator_for("head", s) for s in seeds], dropout)
     objective = HeadObjective(model, adapter, head.to(device), "mean")
     optimizer = PackedAdamW(
         adapter.packed_parameters() + objective.parameters(),
@@ -222,3 +226,155 @@ def test_capture_needs_and_leaves_the_bases_optimizer_as_it_was() -> None:
     with optimizer.capturable():
         assert all(g["capturable"] for g in optimizer._fused.param_groups)
     assert not any(g["capturable"] for g in optimizer._fused.param_groups)
+
+
+# On a GPU.
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def trained(
+    execution: str, method: Any, runs: int, family: str = "tiny-bert", dropout: float = 0.0, accumulation: int = 1
+) -> tuple[torch.Tensor, PackedAdamW, Any]:
+    """Return losses [steps, R] of a training on the GPU, its optimizer, and what made the steps."""
+    objective, optimizer, table = training(method, family, runs, "cuda", dropout)
+    torch.manual_seed(5)
+    steps = stepper(execution, objective, optimizer, table, accumulation=accumulation)
+    losses = [steps(batch) for batch in batches(table, runs)]
+    return torch.stack(losses).cpu(), optimizer, steps
+
+
+@on_gpu
+@pytest.mark.parametrize("family", ["tiny-bert", "tiny-llama"])
+@pytest.mark.parametrize(
+    "method", ["lora", "bitfit", "houlsby", "prompt", "prefix", "dora", "ia3", "vera", "full", "head"]
+)
+def test_replayed_steps_equal_eager_ones(method: str, family: str) -> None:
+    chosen = small(method)
+    fits(chosen, fresh(family))
+    runs = 4 if runs_share(chosen, family) else 1
+    eager, kept, _ = trained("eager", chosen, runs, family)
+    graphs, optimizer, steps = trained("graphs", chosen, runs, family)
+    assert (steps.execution, steps.failure) == ("graphs", None)
+    shapes = Counter((b.items.shape, b.length) for b in batches(training(chosen, family, runs)[2], runs))
+    assert steps.replayed == sum(max(n - 2, 0) for n in shapes.values()) > STEPS // 2
+    torch.testing.assert_close(graphs, eager, rtol=1e-6, atol=0.0)
+    assert optimizer.step_count == int(optimizer._row) == STEPS
+    torch.testing.assert_close(optimizer.flat, kept.flat, rtol=1e-5, atol=1e-6)
+
+
+@on_gpu
+def test_accumulated_steps_are_replayed_whole() -> None:
+    eager, _, _ = trained("eager", small("lora"), 4, accumulation=2)
+    graphs, _, steps = trained("graphs", small("lora"), 4, accumulation=2)
+    assert steps.replayed > 0
+    torch.testing.assert_close(graphs, eager, rtol=1e-6, atol=0.0)
+
+
+@on_gpu
+def test_dropout_goes_on_from_replay_to_replay() -> None:
+    eager, _, _ = trained("eager", small("lora", dropout=0.3), 2, dropout=0.3)
+    graphs, _, steps = trained("graphs", small("lora", dropout=0.3), 2, dropout=0.3)
+    assert steps.replayed > 0
+    torch.testing.assert_close(graphs, eager, rtol=1e-6, atol=0.0)
+
+    objective, optimizer, table = training(small("lora"), "tiny-bert", 2, "cuda", 0.5)
+    optimizer._table[:, :2] = 0.0  # no rates: dropout alone tells one step from the next
+    same, batch = GraphSteps(objective, optimizer, table), batches(table, 2)[0]
+    losses = torch.stack([same(batch) for _ in range(STEPS)])
+    assert same.replayed == STEPS - 2
+    assert len(set(losses[:, 0].tolist())) == len(set(losses[:, 1].tolist())) == STEPS
+
+
+@on_gpu
+def test_a_run_that_diverges_leaves_its_neighbours_alone_in_a_graph() -> None:
+    def flat(rate: float) -> tuple[torch.Tensor, list[bool]]:
+        objective, optimizer, table = training(small("houlsby"), "tiny-bert", 3, "cuda")
+        optimizer._table[:, 1] = rate
+        optimizer._clip[1] = float("inf")
+        steps = GraphSteps(objective, optimizer, table)
+        for batch in batches(table, 3):
+            steps(batch)
+        assert steps.replayed > STEPS // 2
+        return optimizer.flat.clone(), optimizer.alive.tolist()
+
+    (wild, alive), (tame, whole) = flat(1e37), flat(1e-3)
+    assert alive == [True, False, True]
+    assert whole == [True, True, True]
+    assert torch.equal(wild[[0, 2]], tame[[0, 2]])
+
+
+@on_gpu
+def test_a_capture_that_fails_says_so_and_training_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    eager, _, _ = trained("eager", small("lora"), 2, dropout=0.2)
+    objective, optimizer, table = training(small("lora"), "tiny-bert", 2, "cuda", 0.2)
+    plain = objective.loss_sum
+
+    def asking(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        losses = plain(batch)
+        losses.sum().item()
+        return losses
+
+    objective.loss_sum = asking  # type: ignore[method-assign]
+    torch.manual_seed(5)
+    steps = GraphSteps(objective, optimizer, table)
+    losses = torch.stack([steps(batch) for batch in batches(table, 2)])
+    assert (steps.execution, steps.replayed) == ("eager", 0)
+    (line,) = [r.message for r in caplog.records]
+    assert line.startswith("train.execution=graphs: a step could not be captured, going on eagerly: ")
+    torch.testing.assert_close(losses.cpu(), eager, rtol=1e-6, atol=0.0)
+    # and a later training in the same process captures again
+    _, _, others = trained("graphs", small("lora"), 2, dropout=0.2)
+    assert others.execution == "graphs"
+
+
+RUNS = [
+    {"method": "lora", "seed": [0, 1, 2, 3]},
+    {"method": "full"},
+    {"method": "lora", "train.optimizer": "adamw8bit", "seed": [0, 1]},
+    {"method": "full", "train.optimizer": "adamw8bit"},
+    {"method": "lora", "model": "tiny-t5", "task.formulation": "text", "seed": [0, 1]},
+    {"method": "prefix", "model": "tiny-gpt2", "task.formulation": "text", "seed": [0, 1]},
+    {"method": "lora", "train.precision": "bf16", "seed": [0, 1]},
+    {"method": "full", "train.precision": "bf16"},
+]
+
+
+@on_gpu
+@pytest.mark.parametrize("given", RUNS, ids=lambda g: "-".join(str(v) for k, v in g.items() if k != "seed"))
+def test_runs_with_graphs_record_what_eager_runs_do(given: dict[str, Any], tmp_path: Path) -> None:
+    base = {"model": "tiny-bert", "task": "tiny", "profile": "skip", "train.steps": 40, "train.batch_size": 8, **given}
+
+    def records(execution: str) -> list[Any]:
+        grid = {k: v if isinstance(v, list) else [v] for k, v in {**base, "train.execution": execution}.items()}
+        pack = resolve.plan(resolve.demand(grid, None), "cuda").specs
+        return run_pack(pack, Store(tmp_path / execution), Quiet())
+
+    eager, graphs = records("eager"), records("graphs")
+    loose = 1e-2 if given.get("train.precision") == "bf16" else 1e-4 if "model" in given else 1e-5
+    for a, b in zip(eager, graphs, strict=True):
+        assert a.error is None
+        assert b.error is None
+        assert b.trace["execution"] == "graphs"
+        assert b.trace["replayed_steps"] > 10
+        assert "execution" not in a.trace
+        np.testing.assert_allclose(b.trace["loss"], a.trace["loss"], rtol=loose)
+
+
+@on_gpu
+def test_cost_is_that_of_replayed_steps(tmp_path: Path) -> None:
+    def cost(execution: str) -> dict[str, Any]:
+        grid = {"model": "tiny-bert", "task": "tiny", "method": "lora", "profile": "quick", "train.steps": 2}
+        grid["train.execution"] = execution
+        pack = resolve.plan(resolve.demand({k: [v] for k, v in grid.items()}, None), "cuda").specs
+        (record,) = run_pack(pack, Store(tmp_path / execution), Quiet())
+        assert record.cost is not None, record.error
+        return record.cost
+
+    eager, graphs = cost("eager"), cost("graphs")
+    assert (eager["execution"], graphs["execution"]) == ("eager", "graphs")
+    assert graphs["step_seconds"]["p50"] < eager["step_seconds"]["p50"] / 1.5
+    assert graphs["flops_per_token"] == eager["flops_per_token"]
+    assert graphs["memory"]["peak"] == pytest.approx(eager["memory"]["peak"], rel=0.1)
+    assert graphs["compile_seconds"] > 0
+    assert eager["compile_seconds"] is None
