@@ -37,6 +37,12 @@ def test_a_linear_map_costs_two_flops_a_weight_forward_and_four_backward() -> No
     assert counted_flops(lambda: (x @ w).sum().backward()) == 6 * 5 * 7 * 3
 
 
+def test_products_added_in_place_count() -> None:
+    y, x, w = torch.randn(5, 3), torch.randn(5, 7), torch.randn(7, 3)
+    assert counted_flops(lambda: y.addmm_(x, w)) == 2 * 5 * 7 * 3
+    assert counted_flops(lambda: y[None].baddbmm_(x[None], w[None])) == 2 * 5 * 7 * 3
+
+
 @pytest.mark.parametrize("key_heads", [8, 2], ids=["equal heads", "grouped heads"])
 def test_attention_costs_its_two_products(key_heads: int) -> None:
     q = torch.randn(2, 8, 16, 32, requires_grad=True)

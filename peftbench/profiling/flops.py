@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,12 +26,17 @@ def _heads(shape: Shape, query: Shape) -> tuple[int, ...]:
     return (shape[0], query[1], *shape[2:])
 
 
-def attention_formulas() -> dict[Any, Callable[..., int]]:
-    """Formulas for every SDPA kernel: older PyTorch refuses grouped heads and does not know the CPU's kernel."""
-    formulas: dict[Any, Callable[..., int]] = {}
+def _added_product(total: Shape, left: Shape, right: Shape, *rest: Any, **options: Any) -> int:
+    return 2 * math.prod(left) * right[-1]
+
+
+def own_formulas() -> dict[Any, Callable[..., int]]:
+    """Formulas that PyTorch lacks: products added in place, and grouped heads or the CPU's kernel in older SDPA."""
+    aten = torch.ops.aten
+    formulas: dict[Any, Callable[..., int]] = {aten.addmm_: _added_product, aten.baddbmm_: _added_product}
     for kernel in ("efficient_attention", "flash_attention", "cudnn_attention", "flash_attention_for_cpu"):
         for suffix, formula in (("", _forward), ("_backward", _backward)):
-            operation = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}{suffix}", None)
+            operation = getattr(aten, f"_scaled_dot_product_{kernel}{suffix}", None)
             if operation is not None:
                 formulas[operation] = formula
     return formulas
@@ -38,7 +44,7 @@ def attention_formulas() -> dict[Any, Callable[..., int]]:
 
 def counted_flops(step: Callable[[], object]) -> int:
     """Return the FLOPs of one step's matrix products and attention, forward and backward."""
-    with FlopCounterMode(display=False, custom_mapping=attention_formulas()) as counter:
+    with FlopCounterMode(display=False, custom_mapping=own_formulas()) as counter:
         step()
     return int(counter.get_total_flops())
 
