@@ -42,10 +42,14 @@ class Counts(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.names: Counter[str] = Counter()
+        self.allocations = 0
+        """How many reserved memory and ran nothing, counted apart."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if str(func) not in ALLOCATIONS and not is_view(func, (args, kwargs), out):
+        if str(func) in ALLOCATIONS:
+            self.allocations += 1
+        elif not is_view(func, (args, kwargs), out):
             self.names[str(func)] += 1
         return out
 
@@ -112,8 +116,8 @@ CONTESTANTS: dict[str, Adapt] = {
 }
 
 
-def counted(adapt: Adapt, layers: int, dtype: torch.dtype) -> Counter[str]:
-    """Return the operations of one forward and backward pass, by name."""
+def counted(adapt: Adapt, layers: int, dtype: torch.dtype) -> Counts:
+    """Return the operations of one forward and backward pass."""
     torch.manual_seed(0)
     ids = torch.randint(0, 64, (ROWS, LENGTH))
     with adapt(model_of(layers, dtype).train()) as (loss, parameters):
@@ -122,15 +126,22 @@ def counted(adapt: Adapt, layers: int, dtype: torch.dtype) -> Counter[str]:
             parameter.grad = None
         with Counts() as counts:
             loss(ids).backward()
-    return counts.names
+    return counts
 
 
 def per_layer(adapt: Adapt, dtype: torch.dtype) -> Counter[str]:
     """Return a decoder layer's operations by name, forward plus backward."""
-    one, three = counted(adapt, 1, dtype), counted(adapt, 3, dtype)
+    one, three = counted(adapt, 1, dtype).names, counted(adapt, 3, dtype).names
     more = {name: three[name] - one[name] for name in three}
     assert all(n % 2 == 0 for n in more.values()), more
     return Counter({name: n // 2 for name, n in more.items() if n})
+
+
+def allocations_per_layer(adapt: Adapt, dtype: torch.dtype) -> int:
+    """Return how often a decoder layer reserves memory by an operation of its own."""
+    one, three = counted(adapt, 1, dtype).allocations, counted(adapt, 3, dtype).allocations
+    assert (three - one) % 2 == 0, (one, three)
+    return (three - one) // 2
 
 
 def main() -> None:
@@ -143,13 +154,19 @@ def main() -> None:
     origin = common.header("operations", torch.device("cpu"))
     found = {name: per_layer(adapt, dtype) for name, adapt in CONTESTANTS.items()}
     records = [
-        {**origin, "contestant": name, "precision": given.dtype, "operations": sum(names.values()), "names": names}
+        {
+            **origin,
+            "contestant": name,
+            "precision": given.dtype,
+            "operations": sum(names.values()),
+            "allocations": allocations_per_layer(CONTESTANTS[name], dtype),
+            "names": names,
+        }
         for name, names in found.items()
     ]
     common.append(given.out, records)
-    print(
-        common.table(("contestant", "operations per layer"), [[r["contestant"], str(r["operations"])] for r in records])
-    )
+    headers = ("contestant", "operations per layer", "allocations beside")
+    print(common.table(headers, [[r["contestant"], str(r["operations"]), str(r["allocations"])] for r in records]))
     if given.names:
         every = sorted({name for names in found.values() for name in names})
         rows = [[name, *(str(names[name]) for names in found.values())] for name in every]
