@@ -79,7 +79,8 @@ def model_of(layers: int, dtype: torch.dtype) -> nn.Module:
         num_key_value_heads=2,
         use_cache=False,
     )
-    return LlamaForCausalLM(config).to(dtype)
+    model: Any = LlamaForCausalLM(config)
+    return model.to(dtype)
 
 
 @contextmanager

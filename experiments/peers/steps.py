@@ -108,7 +108,7 @@ class Race:
                 try:
                     contestant = own.enter_context(BUILDERS[name](self.arena))
                     around.enter_context(self._base_away(contestant))
-                    if contestant.uses_base or self.exclusive:
+                    if contestant.uses_base or self._base_goes(contestant):
                         others -= self.base_bytes
                     self._reset_peak()
                     entry.losses.append(float(contestant.step()))
@@ -175,10 +175,15 @@ class Race:
             finally:
                 self._park(entry)
 
+    def _base_goes(self, contestant: Contestant) -> bool:
+        """Whether the base has no business on the device; it comes back elsewhere, where no captured graph finds it."""
+        fixed = any(e.contestant is not None and not e.contestant.movable for e in self.entries)
+        return self.exclusive and not contestant.uses_base and not fixed
+
     @contextmanager
     def _base_away(self, contestant: Contestant) -> Iterator[None]:
         """Keep the base off the device, if it is to be empty and the contestant does not compute with the base."""
-        if not self.exclusive or contestant.uses_base:
+        if not self._base_goes(contestant):
             yield
             return
         base = Parked(self.arena.base_tensors())
