@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from peftbench.analysis import plots, tables
-from peftbench.analysis.frame import configurations, content, frame, over_tasks, rows_of, selected
+from peftbench.analysis.frame import COMPONENTS, configurations, content, frame, over_tasks, rows_of, selected
 from peftbench.analysis.pareto import front
 from peftbench.analysis.report import write_report
 from peftbench.analysis.statistics import gap, mean, std, summarize, t_interval
@@ -457,6 +457,102 @@ def test_plots_leave_global_settings_alone(tmp_path):
     for plot in plots.all_plots(table_of(*make_sweep(seeds=1))):
         plots.save(plot, tmp_path)
     assert dict(matplotlib.rcParams) == before
+
+
+# Memory by component.
+
+
+def with_components(record, shape=(32, 64), residual=0, **components):
+    """The record with a peak that consists of `components` (MiB) and a residual (bytes)."""
+    parts = {part: components.get(part, 0) * 2**20 for part in COMPONENTS}
+    peak = sum(parts.values()) + residual
+    memory = record["cost"]["memory"] | parts | {"residual": residual, "peak": peak, "peak_phase": "backward"}
+    profile = f"{record['cost']['profile_id']}-{record['spec']['method']}-{shape}"
+    shape = {"batch_size": shape[0], "length": shape[1]}
+    return record | {"cost": record["cost"] | {"memory": memory, "shape": shape, "profile_id": profile}}
+
+
+def some_components():
+    return [
+        with_components(make_record("lora"), weights=80, adapter=1, optimizer=2, activations=100, workspace=7),
+        with_components(make_record("full"), weights=80, gradients=80, optimizer=160, activations=90, residual=-600),
+        make_record("ia3"),  # made before components were measured
+    ]
+
+
+def test_memory_table_has_what_was_accounted_for():
+    (table,) = tables.memory(selected(table_of(*some_components())))
+    assert table.headers == [
+        "method", "rows × tokens", "peak memory (tracked tensors)", *COMPONENTS, "residual", "peak in",
+    ]  # fmt: skip
+    assert table.rows[0] == [
+        "lora", "32 × 64", "190.0 MiB", "80.0 MiB", "1.0 MiB", "0 B", "2.0 MiB", "100.0 MiB", "7.0 MiB", "0 B",
+        "backward",
+    ]  # fmt: skip
+    assert [row[0] for row in table.rows] == ["lora", "full"]
+    assert table.rows[1][-2] == "−600 B"
+    assert table.raw["memory_residual_bytes"].tolist() == [0, -600]
+
+
+def test_tasks_of_one_shape_share_a_row_of_memory():
+    records = [with_components(make_record(task=task), weights=80) for task in ("rte", "cola")]
+    for record in records:
+        record["cost"]["profile_id"] = "same"
+    records.append(with_components(make_record(task="sst2"), (32, 128), weights=90))
+    (table,) = tables.memory(selected(table_of(*records)))
+    assert [row[:3] for row in table.rows] == [["lora", "sst2", "32 × 128"], ["lora", "cola, rte", "32 × 64"]]
+
+
+def test_kinds_of_memory_do_not_share_a_table_or_figure():
+    records = [
+        with_components(make_record(), weights=80),
+        with_components(make_record(device="NVIDIA H100 80GB HBM3"), weights=80),
+    ]
+    chosen = selected(table_of(*records))
+    assert [t.name for t in tables.memory(chosen)] == ["memory-cuda", "memory-tracked_tensors"]
+    drawn = list(plots.memory_plots(chosen))
+    labels = {p.name: p.figure.axes[0].get_xlabel() for p in drawn}
+    assert labels == {
+        "memory-components-nvidia-h100-80gb-hbm3-cuda": "peak VRAM (MiB)",
+        "memory-components-cpu-tracked_tensors": "peak memory (tracked tensors, MiB)",
+    }
+
+
+def test_bars_of_memory_stack_up_to_the_sum():
+    (plot,) = plots.memory_plots(selected(table_of(*some_components())))
+    (axes,) = plot.figure.axes
+    ends = {}
+    for bar in axes.patches:
+        place = round(bar.get_y() + bar.get_height() / 2)
+        ends[place] = max(ends.get(place, 0), bar.get_x() + bar.get_width())
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["lora", "full"]
+    assert ends == pytest.approx({0: 190, 1: 410})
+    assert "VRAM" not in plot.caption
+    assert "0.0 %" in plot.caption
+
+
+def test_records_without_components_have_no_table_or_figure_of_them():
+    chosen = selected(table_of(make_record(), make_record("full")))
+    assert tables.memory(chosen) == []
+    assert list(plots.memory_plots(chosen)) == []
+
+
+def test_many_configurations_leave_full_fine_tuning_in_the_picture():
+    zoo = [with_components(make_record(f"m{i:02}"), weights=80, activations=i) for i in range(60)]
+    (plot,) = plots.memory_plots(selected(table_of(*zoo, with_components(make_record("full"), weights=500))))
+    shown = [label.get_text() for label in plot.figure.axes[0].get_yticklabels()]
+    assert (len(shown), shown[0], shown[-1]) == (plots.MOST_BARS, "m00", "full")
+    assert f"{61 - plots.MOST_BARS} configurations" in plot.caption
+
+
+def test_a_report_shows_memory_by_component_where_it_is_known(tmp_path):
+    paths = write_report(some_components(), tmp_path / "new")
+    assert {"memory.csv", "memory.tex", "memory-components.png"} <= {p.name for p in paths}
+    text = paths[0].read_text()
+    assert "## Memory by component" in text
+    assert "figures/memory-components.png" in text
+    old = write_report([make_record(), make_record("full")], tmp_path / "old")
+    assert "Memory by component" not in old[0].read_text()
 
 
 # Report.

@@ -26,6 +26,10 @@ REFERENCE = "full"
 # A panel is what may be compared side by side: one model on one task, under one protocol, data and kind of device.
 PANEL = ["model", "task", "protocol", "data_subset", "device_kind"]
 
+COMPONENTS = ("weights", "adapter", "gradients", "optimizer", "activations", "workspace")
+"""What memory is used for at its peak, in the order in which it is shown."""
+PHASES = ("load", "attach", "forward", "backward", "step")
+
 COST_PATHS: dict[str, tuple[str, ...]] = {
     "profile_id": ("profile_id",),
     "trainable_parameters": ("trainable_parameters",),
@@ -44,14 +48,23 @@ COST_PATHS: dict[str, tuple[str, ...]] = {
     "memory_kind": ("memory", "kind"),
     "memory_peak_bytes": ("memory", "peak"),
     "memory_reserved_bytes": ("memory", "reserved"),
+    "memory_device_used_bytes": ("memory", "device_used"),
     "memory_process_peak_bytes": ("memory", "process_peak"),
+    **{f"memory_{part}_bytes": ("memory", part) for part in (*COMPONENTS, "residual")},
+    "memory_peak_phase": ("memory", "peak_phase"),
+    **{f"memory_{phase}_phase_bytes": ("memory", "phases", phase) for phase in PHASES},
+    **{f"step_share_{part}": ("step_share", part) for part in ("forward", "backward", "optimizer")},
+    "memory_traffic_bytes": ("memory_traffic_bytes",),
+    "memory_bandwidth_utilization": ("memory_bandwidth_utilization",),
+    "kernels_per_step": ("kernels_per_step",),
+    "operations_per_step": ("operations_per_step",),
     "energy_joules_per_1k_tokens": ("energy_joules_per_1k_tokens",),
     "startup_seconds": ("startup_seconds",),
     "compile_seconds": ("compile_seconds",),
     "profile_batch_size": ("shape", "batch_size"),
     "profile_length": ("shape", "length"),
 }
-TEXT_COSTS = {"profile_id", "memory_kind"}
+TEXT_COSTS = {"profile_id", "memory_kind", "memory_peak_phase"}
 
 LOWER_IS_BETTER = {"loss", "perplexity"}
 SHORT_NAMES = {"rank": "r", "learning_rate": "lr"}

@@ -1,4 +1,4 @@
-"""Figures of configurations: Pareto plots against three costs, rank curves, learning-rate curves.
+"""Figures of configurations: Pareto plots against three costs, memory by component, rank and learning-rate curves.
 
 Built on `matplotlib.figure.Figure` alone: no pyplot, no global state, the same bytes for the same records. Colours are
 Okabe and Ito's (told apart by colour-blind readers), and no two methods differ by colour only.
@@ -20,10 +20,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from peftbench.analysis.frame import (
+    COMPONENTS,
     PANEL,
     REFERENCE,
     number,
@@ -34,7 +36,7 @@ from peftbench.analysis.frame import (
     task_titles,
 )
 from peftbench.analysis.pareto import front
-from peftbench.analysis.tables import memory_title, metric_title, slug
+from peftbench.analysis.tables import accounted, memory_title, metric_title, slug
 
 Row = Mapping[Any, Any]
 
@@ -46,6 +48,8 @@ COLUMN_INCHES, PAGE_INCHES = 3.5, 7.0
 FORMATS = ("png", "pdf", "svg")
 MOST_LABELS = 18  # more points than this in one panel are named in a legend
 MOST_LEGEND = 36
+MOST_BARS = 48
+PARTS = dict(zip(COMPONENTS, ("#777777", "#0072B2", "#D55E00", "#E69F00", "#56B4E9", "#DDDDDD"), strict=True))
 RC: Any = {  # matplotlib types the keys as literals
     "font.family": "DejaVu Sans",
     "font.size": 7.5,
@@ -777,11 +781,90 @@ def _scientific(value: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def memory_plots(chosen: pd.DataFrame) -> Iterator[Plot]:
+    """Stacked bars of peak memory by component, of `selected` rows that have components: a bar a configuration.
+
+    A figure for each model, kind of device and kind of measurement, with the shapes that were measured side by side.
+    """
+    rows = accounted(chosen)
+    hosts = sorted({(r["model"], r["device_kind"], r["memory_kind"]) for r in rows})
+    varying = [i for i in range(3) if len({host[i] for host in hosts}) > 1]
+    for host in hosts:
+        shapes: dict[str, list[dict[Any, Any]]] = {}
+        for row in rows:
+            if (row["model"], row["device_kind"], row["memory_kind"]) == host:
+                shapes.setdefault(row["shape"], []).append(row)
+        name = "-".join(["memory-components", *(slug(host[i]) for i in varying)])
+        yield _memory_figure(name, f"{host[0]}, {host[1]}", str(host[2]), shapes)
+
+
+def _memory_figure(name: str, title: str, kind: str, shapes: Mapping[str, list[dict[Any, Any]]]) -> Plot:
+    shown = {shape: _most_bars(rows) for shape, rows in shapes.items()}
+    left_out = sum(len(rows) for rows in shapes.values()) - sum(map(len, shown.values()))
+    factor, suffix = _unit_of(max(r["memory_peak_bytes"] for rows in shown.values() for r in rows), "bytes")
+    columns = min(len(shown), 3)
+    lines = math.ceil(len(shown) / columns)
+    with matplotlib.rc_context(RC):
+        height = lines * (0.17 * max(map(len, shown.values())) + 0.75) + 0.45
+        figure = Figure(figsize=(COLUMN_INCHES if columns == 1 else PAGE_INCHES, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+        for unused in grid[len(shown) :]:
+            unused.remove()
+        axes = grid[: len(shown)]
+        for ax, (shape, rows) in zip(axes, shown.items(), strict=True):
+            _draw_bars(ax, rows, factor)
+            ax.set_title(f"{shape} tokens")
+            ax.set_xlabel(_with_unit(memory_title(kind), suffix))
+        _share_titles(axes)
+        figure.suptitle(title, fontsize=8.5)
+        _legend(figure, [Rectangle((0, 0), 1, 1, facecolor=colour) for colour in PARTS.values()], list(PARTS))
+        _freeze(figure)
+    worst = max(abs(r["memory_residual_bytes"]) / r["memory_peak_bytes"] for rows in shapes.values() for r in rows)
+    caption = (
+        f"Memory by component at the {memory_title(kind)} of a training step. Black ticks: the peak as plain steps "
+        f"have it, which the sum of components misses by {100 * worst:.1f} % at most."
+    )
+    if left_out:
+        caption += f" {left_out} configurations of the largest peaks are left out."
+    return Plot(name, figure, caption)
+
+
+def _most_bars(rows: Sequence[dict[Any, Any]]) -> list[dict[Any, Any]]:
+    """The rows that have room, smallest peaks first; full fine-tuning always has."""
+    if len(rows) <= MOST_BARS:
+        return list(rows)
+    kept = [row for row in rows if row["method"] == REFERENCE]
+    others = [row for row in rows if row["method"] != REFERENCE][: MOST_BARS - len(kept)]
+    return sorted([*kept, *others], key=lambda row: row["memory_peak_bytes"])
+
+
+def _draw_bars(axes: Axes, rows: Sequence[Row], factor: float) -> None:
+    places = range(len(rows))
+    left = np.zeros(len(rows))
+    for part, colour in PARTS.items():
+        widths = np.array([row[f"memory_{part}_bytes"] / factor for row in rows])
+        axes.barh(places, widths, left=left, height=0.72, color=colour, edgecolor="white", linewidth=0.3, zorder=2)
+        left += widths
+    for place, row in zip(places, rows, strict=True):
+        peak = row["memory_peak_bytes"] / factor
+        axes.plot([peak, peak], [place - 0.36, place + 0.36], color=INK, linewidth=1.0, zorder=3)
+    axes.set_yticks(places, [row["variant"] for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)  # the smallest on top
+    axes.set_xlim(0, 1.04 * max(left.max(), *(row["memory_peak_bytes"] / factor for row in rows)))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.tick_params(axis="y", length=0)
+
+
 def all_plots(table: pd.DataFrame) -> Iterator[Plot]:
     """Every figure of a folder, from its `configurations`."""
     chosen = selected(table)
     makers: tuple[Callable[[], Iterator[Plot]], ...] = (
         lambda: pareto_plots(chosen),
+        lambda: memory_plots(chosen),
         lambda: rank_plots(chosen),
         lambda: learning_rate_plots(table),
     )

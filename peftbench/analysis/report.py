@@ -74,7 +74,7 @@ def _tables(runs: pd.DataFrame, table: pd.DataFrame, chosen: pd.DataFrame) -> di
     found = [tables.overview(chosen), *tables.leaderboards(chosen)]
     if len(table) > len(chosen):
         found += [_renamed(one) for one in tables.leaderboards(table, label="label")]
-    found += [tables.every_metric(runs, chosen), tables.unfinished(runs)]
+    found += [*tables.memory(chosen), tables.every_metric(runs, chosen), tables.unfinished(runs)]
     return {one.name: one for one in found if one is not None}
 
 
@@ -138,6 +138,9 @@ def _markdown(
             "",
         ]
         lines += [line for one in tried for line in _section(one)]
+    for name, one in all_tables.items():
+        if name == "memory" or name.startswith("memory-"):
+            lines += [f"## {one.title}", "", *_section(one, titled=False)]
     if "metrics" in all_tables:
         lines += ["## Every metric", "", *_section(all_tables["metrics"], titled=False)]
     if lost is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from peftbench.analysis.frame import (
+    COMPONENTS,
     COST_PATHS,
     PANEL,
     STATUSES,
@@ -42,6 +43,12 @@ METRIC_TITLES = {
 ONE_SEED = "A single seed has no spread: one run cannot tell methods apart."
 PAPER = (
     "Protocol paper: the reported split also chose the step (and the learning rate), so these numbers are optimistic."
+)
+MEMORY_PARTS = (
+    "Weights are the base's, trained or not; the adapter includes the task head; gradients include the flat copy that "
+    "the optimizer makes; activations are what the forward pass keeps for the backward pass; workspace is all else "
+    "(temporaries, recomputation, libraries). The residual is the peak of plain steps less the sum found in a recorded "
+    "one."
 )
 SUBSET = "Subset: computed on a part of the data set, not comparable with published numbers."
 
@@ -86,6 +93,12 @@ def human_bytes(value: Any) -> str:
         if v >= scale * 0.9995:
             return f"{v / scale:.1f} {suffix}"
     return f"{v:.0f} B"
+
+
+def signed_bytes(value: Any) -> str:
+    """As `human_bytes`, with a real minus sign where there is one."""
+    v = number(value)
+    return f"−{human_bytes(-v)}" if v is not None and v < 0 else human_bytes(value)
 
 
 def human_seconds(value: Any) -> str:
@@ -301,6 +314,58 @@ def every_metric(runs: pd.DataFrame, chosen: pd.DataFrame) -> Table | None:
         return None
     headers = ["task", "method", "model", "split", "metric", "value", "seeds"]
     return Table("metrics", "Every metric", headers, rows, pd.DataFrame(raws), text_columns=5)
+
+
+def accounted(chosen: pd.DataFrame) -> list[dict[Any, Any]]:
+    """Rows of `selected` whose peak memory is known by component, one a cost profile: tasks of one shape share theirs.
+
+    `tasks` joins the names of the tasks that share it, `shape` says rows × tokens. Ordered by model, kind of device,
+    shape and peak.
+    """
+    found: dict[Any, dict[Any, Any]] = {}
+    for row in rows_of(chosen):
+        if any(number(row[f"memory_{part}_bytes"]) is None for part in (*COMPONENTS, "peak")):
+            continue
+        key = (row["model"], row["device_kind"], row["profile_id"], row["variant"])
+        kept = found.setdefault(key, {**row, "tasks": ""})
+        kept["tasks"] = ", ".join(sorted({*filter(None, kept["tasks"].split(", ")), str(row["task"])}))
+    for row in found.values():
+        sizes = number(row["profile_batch_size"]), number(row["profile_length"])
+        row["shape"] = MISSING if None in sizes else f"{sizes[0]:.0f} × {sizes[1]:.0f}"
+    order = ("model", "device_kind", "memory_kind", "shape", "memory_peak_bytes", "variant")
+    return sorted(found.values(), key=lambda row: [row[column] for column in order])
+
+
+def memory(chosen: pd.DataFrame) -> list[Table]:
+    """Peak memory by component, a table for each kind of measurement; none where nothing was measured so."""
+    rows = accounted(chosen)
+    kinds = sorted({str(row["memory_kind"]) for row in rows})
+    return [_memory([r for r in rows if r["memory_kind"] == kind], kind, len(kinds) > 1) for kind in kinds]
+
+
+def _memory(rows: list[dict[Any, Any]], kind: str, several: bool) -> Table:
+    text = {"variant": "method", "model": "model", "device_kind": "device", "tasks": "tasks", "shape": "rows × tokens"}
+    always = ("variant", "shape")
+    columns = [(c, h) for c, h in text.items() if c in always or len({r[c] for r in rows}) > 1]
+    parts = ("peak", *COMPONENTS, "residual")
+    cells = [
+        [
+            *(str(row[column]) for column, _ in columns),
+            *(signed_bytes(row[f"memory_{part}_bytes"]) for part in parts),
+            str(row["memory_peak_phase"] or MISSING),
+        ]
+        for row in rows
+    ]
+    numbers = [f"memory_{part}_bytes" for part in parts] + ["memory_peak_phase"]
+    return Table(
+        name=f"memory-{slug(kind)}" if several else "memory",
+        title=f"Memory by component at the {memory_title(kind)}",
+        headers=[*(header for _, header in columns), memory_title(kind), *COMPONENTS, "residual", "peak in"],
+        rows=cells,
+        raw=pd.DataFrame(rows, columns=["variant", "model", "device_kind", "tasks", "shape", "memory_kind", *numbers]),
+        text_columns=len(columns),
+        notes=[MEMORY_PARTS],
+    )
 
 
 def unfinished(runs: pd.DataFrame) -> Table | None:
