@@ -119,7 +119,7 @@ def test_shares_of_a_step_add_up(chunks: int, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_step_that_hides_its_phases_has_no_shares() -> None:
-    assert step_shares(lambda: None, CPU, Sleeper(), Sleeper()) is None
+    assert step_shares(lambda: None, CPU, Sleeper(), Sleeper(), 1) is None
 
 
 def test_traffic_by_hand() -> None:

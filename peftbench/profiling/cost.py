@@ -95,65 +95,65 @@ def measure(
         plain, single = Watched(trial.step, device), Watched(trial.by_operations, device)
         watched = {name: Watched(trial.by_operations, device) for name in instruments}
         watched["kernels"] = Watched(trial.step, device)
-        for _ in range(3):
+        looks = 3 if 30 * seconds < max_seconds else 1
+        for _ in range(looks):
             plain()
             single()
-        shares = step_shares(watched["phases"], device, trial.objective, trial.optimizer)
+        shares = step_shares(watched["phases"], device, trial.objective, trial.optimizer, looks)
         memory = memory_of(trial, trial.by_operations, device, watched["memory"])
         flops = counted_flops(watched["flops"])
         traffic = traffic_of(watched["traffic"])
         kernels = kernels_per_step(watched["kernels"], device)
         energy = energy_of(trial.step, device, energy_seconds)
         after = Watched(trial.step, device)
-        for _ in range(3):
+        for _ in range(looks):
             after()
-        base, slow = median(plain.seconds), median(single.seconds)
-        execution = trial.stepper.execution
-        tokens = trial.rows * trial.length
-        analytic = analytic_flops_per_token(
-            trial.frozen_matrices, trial.trained_matrices, backward_through_base=trial.backward_through_base
-        )
-        ceiling, bandwidth = matmul_ceiling(device, trial.compute_dtype), copy_bandwidth(device)
-        memory["phases"] = {"load": trial.loaded_bytes, "attach": trial.attached_bytes, **memory["phases"]}
-        return {
-            "trainable_parameters": trial.adapter_parameters + trial.head_parameters,
-            "adapter_parameters": trial.adapter_parameters,
-            "head_parameters": trial.head_parameters,
-            "total_parameters": trial.total_parameters,
-            "checkpoint_bytes": trial.checkpoint_bytes,
-            "step_seconds": {
-                "p10": timing.percentile(10),
-                "p50": seconds,
-                "p90": timing.percentile(90),
-                "samples": timing.samples,
-                "warmup_steps": timing.warmup_steps + 1,
-                "stable": timing.stable,
+        execution, capture = trial.stepper.execution, trial.stepper.capture_seconds
+    # made once the trial is over: their large matrices need room
+    ceiling, bandwidth = matmul_ceiling(device, trial.compute_dtype), copy_bandwidth(device)
+    base, slow = median(plain.seconds), median(single.seconds)
+    tokens = trial.rows * trial.length
+    analytic = analytic_flops_per_token(
+        trial.frozen_matrices, trial.trained_matrices, backward_through_base=trial.backward_through_base
+    )
+    memory["phases"] = {"load": trial.loaded_bytes, "attach": trial.attached_bytes, **memory["phases"]}
+    return {
+        "trainable_parameters": trial.adapter_parameters + trial.head_parameters,
+        "adapter_parameters": trial.adapter_parameters,
+        "head_parameters": trial.head_parameters,
+        "total_parameters": trial.total_parameters,
+        "checkpoint_bytes": trial.checkpoint_bytes,
+        "step_seconds": {
+            "p10": timing.percentile(10),
+            "p50": seconds,
+            "p90": timing.percentile(90),
+            "samples": timing.samples,
+            "warmup_steps": timing.warmup_steps + 1,
+            "stable": timing.stable,
+        },
+        "step_share": shares,
+        "padded_tokens_per_second": tokens / seconds,
+        "flops_per_token": flops / tokens,
+        "analytic_flops_per_token": analytic,
+        "model_flops_utilization": analytic * tokens / seconds / ceiling,
+        "matmul_ceiling_flops_per_second": ceiling,
+        "memory_traffic_bytes": traffic.bytes,
+        "memory_bandwidth_utilization": traffic.bytes / seconds / bandwidth,
+        "copy_bandwidth_bytes_per_second": bandwidth,
+        "operations_per_step": traffic.operations,
+        "kernels_per_step": kernels,
+        "memory": memory,
+        "energy_joules_per_1k_tokens": None if energy is None else energy.joules / (energy.steps * tokens) * 1000,
+        "energy_window_seconds": None if energy is None else energy.seconds,
+        "startup_seconds": startup,
+        "execution": execution,
+        "compile_seconds": max(first - base, 0.0) if execution == "compiled" else capture or None,
+        "observer": {
+            **{
+                name: median(w.seconds) / (base if name == "kernels" else slow) if w.seconds else None
+                for name, w in watched.items()
             },
-            "step_share": shares,
-            "padded_tokens_per_second": tokens / seconds,
-            "flops_per_token": flops / tokens,
-            "analytic_flops_per_token": analytic,
-            "model_flops_utilization": analytic * tokens / seconds / ceiling,
-            "matmul_ceiling_flops_per_second": ceiling,
-            "memory_traffic_bytes": traffic.bytes,
-            "memory_bandwidth_utilization": traffic.bytes / seconds / bandwidth,
-            "copy_bandwidth_bytes_per_second": bandwidth,
-            "operations_per_step": traffic.operations,
-            "kernels_per_step": kernels,
-            "memory": memory,
-            "energy_joules_per_1k_tokens": None if energy is None else energy.joules / (energy.steps * tokens) * 1000,
-            "energy_window_seconds": None if energy is None else energy.seconds,
-            "startup_seconds": startup,
-            "execution": execution,
-            "compile_seconds": max(first - base, 0.0)
-            if execution == "compiled"
-            else trial.stepper.capture_seconds or None,
-            "observer": {
-                **{
-                    name: median(w.seconds) / (base if name == "kernels" else slow) if w.seconds else None
-                    for name, w in watched.items()
-                },
-                "afterwards": median(after.seconds) / base,
-            },
-            "shape": {"batch_size": trial.rows, "length": trial.length},
-        }
+            "afterwards": median(after.seconds) / base,
+        },
+        "shape": {"batch_size": trial.rows, "length": trial.length},
+    }

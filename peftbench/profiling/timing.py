@@ -74,7 +74,7 @@ def time_steps(
 
 
 def step_shares(
-    step: Callable[[], object], device: torch.device, objective: Any, optimizer: Any, repeats: int = 5
+    step: Callable[[], object], device: torch.device, objective: Any, optimizer: Any, repeats: int
 ) -> dict[str, float] | None:
     """Return the shares of forward, backward and optimizer in a step's time, in steps of their own.
 
@@ -162,6 +162,6 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 @functools.cache
 def copy_bandwidth(device: torch.device) -> float:
     """Return the B/s of a large copy within the device, bytes read and bytes written, measured once per process."""
-    size = 2**30 if device.type == "cuda" else 2**27
+    size = 2**28 if device.type == "cuda" else 2**27
     source, target = (torch.empty(size, dtype=torch.uint8, device=device).fill_(i) for i in (1, 2))
     return 2 * size / _best(functools.partial(target.copy_, source), device, 10 if device.type == "cuda" else 2)
