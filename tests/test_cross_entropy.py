@@ -1,5 +1,7 @@
 """Cross-entropy of a linear layer in chunks: against plain PyTorch in float64, forward and backward."""
 
+import importlib
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from peftbench.kernels import cross_entropy as kernel
 from peftbench.kernels.backend import interpreted, traced_for
@@ -25,10 +28,20 @@ DEVICES = [
 ]
 devices = pytest.mark.parametrize("device", DEVICES)
 # rows, width, vocabulary, rows at a time
-SHAPES = [(1, 8, 5, None), (7, 16, 64, 3), (300, 8, 130, 256), (6, 32, 1000, 4), (5, 24, 9001, 2), (8, 8, 1, 8)]
+SHAPES = [(1, 8, 5, None), (7, 16, 64, 3), (300, 16, 1001, 256), (6, 32, 1000, 4), (5, 24, 9001, 2), (8, 8, 1, 8)]
 # of the largest entry of the exact result; halves: logits, gradients by them and products are each rounded once
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_memory_is_nan(request):
+    """On the CPU: what is read without having been written shows. (A GPU's products would need a setting of cuBLAS.)"""
+    settings = getattr(request.node, "callspec", None)
+    on_cpu = settings is None or settings.params.get("device", "cpu") == "cpu"
+    torch.use_deterministic_algorithms(on_cpu)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def problem(rows: int, width: int, vocabulary: int, dtype: torch.dtype, device: str, bias: bool = False):
@@ -245,6 +258,16 @@ def test_on_the_meta_device_only_a_chunk_of_logits_is_made():
     assert largest.elements == 8 * 1024  # rows begin at multiples of 64 elements
 
 
+@dtypes
+@pytest.mark.parametrize("trains", [False, True])
+def test_all_products_are_counted(dtype, trains):
+    hidden, weight, labels, _ = problem(20, 8, 70, dtype, "cpu")
+    weight.requires_grad_(trains)
+    with FlopCounterMode(display=False) as counter:
+        linear_cross_entropy(hidden, weight, labels, groups=1, chunk=7).sum().backward()
+    assert counter.get_total_flops() == (3 if trains else 2) * 2 * 20 * 8 * 70
+
+
 @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 9), (8192, 128256), (8192, 49152), (5000, 50257), (10**6, 10**7)])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_chunks_are_of_bounded_and_even_size(rows, vocabulary, itemsize):
@@ -274,3 +297,22 @@ def test_what_cannot_be_computed_is_refused():
 
 def test_no_rows_give_no_losses():
     assert linear_cross_entropy(torch.zeros(0, 4), torch.zeros(9, 4), torch.zeros(0, dtype=torch.long)).shape == (0,)
+
+
+def test_the_script_that_compares_it_runs_and_keeps_its_records(monkeypatch, tmp_path, capsys):
+    peers = Path(__file__).parent.parent / "experiments" / "peers"
+    if not peers.is_dir():
+        pytest.skip("no experiments folder beside the tests")
+    monkeypatch.syspath_prepend(str(peers))
+    script = importlib.import_module("cross_entropy")
+    out = tmp_path / "cross_entropy.jsonl"
+    options = ["--device", "cpu", "--sizes", "300x16x1001", "--rounds", "2", "--calls", "2", "--out", str(out)]
+    script.main(options)
+    script.main([*options, "--weight-trains"])
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["contestant"] for r in records] == ["plain", "ours", "products"] * 2
+    for all_logits, chunked, _ in (records[:3], records[3:]):
+        assert chunked["loss"] == pytest.approx(all_logits["loss"], rel=1e-3)
+        assert chunked["gradient_error"] < 1.2 * all_logits["gradient_error"] < 0.01
+        assert chunked["over_plain"] == pytest.approx(chunked["seconds"]["p50"] / all_logits["seconds"]["p50"], 1e-3)
+    assert capsys.readouterr().out.count("300x16x1001") == 6

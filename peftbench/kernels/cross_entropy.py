@@ -138,6 +138,7 @@ def _pass(
     of_hidden = hidden.new_empty((rows, width), dtype=dtype) if hidden_trains else None
     of_weight = weight.new_zeros(weight.shape, dtype=torch.float32) if weight_trains else None
     buffer = hidden.new_empty((min(chunk, rows), pitch), dtype=dtype)
+    buffer[:, vocabulary:] = 0  # some CPUs' product of halves multiplies what lies between rows with zero: no nan, then
     with torch.no_grad(), torch.autocast(kind, enabled=False) if known else nullcontext():
         matrix = weight.to(dtype)
         offset = None if bias is None else bias.to(dtype)
@@ -160,7 +161,8 @@ def _pass(
 def _add_product_(total: Tensor, gradient: Tensor, states: Tensor) -> None:
     """Add gradientᵀ states, [V, n] times [n, D], to the fp32 `total` [V, D]."""
     if states.dtype == total.dtype:
-        total.addmm_(gradient.t(), states)
+        # not `addmm_`, which counters of operations do not know
+        torch.addmm(total, gradient.t(), states, out=total)
         return
     # a product of halves is rounded to halves before it is added; in blocks, so that it stays small
     block = max(CHUNK_BYTES // 4 // (states.shape[1] * states.element_size()), 1)
