@@ -87,7 +87,8 @@ def test_kernel_row_losses_and_gradients_are_those_of_float64(shape, dtype, bias
     assert not losses[ignored].any()
     assert not gradient[ignored].any()
     with torch.no_grad():
-        assert torch.equal(linear_cross_entropy(hidden, weight, labels, offset, chunk=shape[3]), losses)
+        # compiled apart from the kernel that writes gradients
+        close(linear_cross_entropy(hidden, weight, labels, offset, chunk=shape[3]), losses.double(), 1e-6)
 
 
 @devices
