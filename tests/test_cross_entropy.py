@@ -28,7 +28,7 @@ DEVICES = [
 ]
 devices = pytest.mark.parametrize("device", DEVICES)
 # rows, width, vocabulary, rows at a time
-SHAPES = [(1, 8, 5, None), (7, 16, 64, 3), (300, 16, 1001, 256), (6, 32, 1000, 4), (5, 24, 9001, 2), (8, 8, 1, 8)]
+SHAPES = [(1, 8, 5, None), (7, 16, 64, 3), (130, 16, 1001, 128), (6, 32, 1000, 4), (5, 24, 9001, 2), (8, 8, 1, 8)]
 # of the largest entry of the exact result; halves: logits, gradients by them and products are each rounded once
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
