@@ -80,12 +80,6 @@ class AdaLoraDelta(LowRankDelta):
     def factors(self, dtype: torch.dtype) -> Factors:
         return Factors(self.A * (self.E.unsqueeze(1) * self.scale), self.B)
 
-    def penalty(self) -> Tensor | None:
-        """Return each run's share of the orthogonality term [R]; a padded rank counts as orthogonal."""
-        q = torch.linalg.matrix_norm(self.A.transpose(1, 2) @ self.A - self.ones)
-        p = torch.linalg.matrix_norm(self.B @ self.B.transpose(1, 2) - self.ones)
-        return self.weight * (p + q)
-
     def merged(self, weight: Tensor, bias: Tensor | None, run: int) -> tuple[Tensor, Tensor | None]:
         state = self.run_state(run)
         change = ((state["A"] * state["E"]) @ state["B"]).T * self.scale[run]
@@ -137,6 +131,16 @@ class Allocator(Delta):
         self.pruned = torch.zeros_like(self.real)
         self.sensitivity.clear()
         self.uncertainty.clear()
+
+    def penalty(self) -> Tensor:
+        """Return each run's orthogonality term [R]; a padded rank counts as orthogonal. One product a shape of site."""
+        terms = []
+        for group in self.groups:
+            ones = torch.stack([d.ones for d in group])
+            a, b = torch.stack([d.A for d in group]), torch.stack([d.B for d in group])
+            for gram in (a.transpose(2, 3) @ a, b @ b.transpose(2, 3)):
+                terms.append(torch.linalg.matrix_norm(gram - ones).sum(dim=0))
+        return self.groups[0][0].weight * torch.stack(terms).sum(dim=0)
 
     @staticmethod
     def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -28,7 +28,7 @@ from peftbench.methods.base import (
     NormDelta,
 )
 from peftbench.models import attention
-from peftbench.models.quantized import QuantizedLinear, is_plain_linear
+from peftbench.models.quantized import QuantizedLinear, autocasts, is_plain_linear
 from peftbench.models.roles import EmbeddingSite, Site, first_input
 
 
@@ -165,8 +165,7 @@ class _Together:
 
     def possible(self, x: Tensor) -> bool:
         """Whether the maps can be computed together with their deltas now."""
-        kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        if autocasts(x):
             return False
         return not any(delta.dropout.acts for delta in self.deltas)
 

@@ -235,9 +235,8 @@ class QuantizedLinear(nn.Module):
         self.merged_weight = self.merged_bias = None
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
+        if autocasts(x):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = self.dense_bias()
         bias = None if bias is None else bias.to(x.dtype)
         if self.merged_weight is not None:
@@ -256,6 +255,11 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.scheme}"
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where `x` is; other devices than these two are never trained on, and may not be asked."""
+    return x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
 
 
 def _unpack(parts: list[Tensor], kind: str, dtype: torch.dtype) -> Tensor:
