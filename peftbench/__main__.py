@@ -1,4 +1,4 @@
-"""The commands: ``python -m peftbench sweep|run|report|verify|methods|models|tasks|doctor``."""
+"""The commands: ``python -m peftbench sweep|run|report|profile|verify|methods|models|tasks|doctor``."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import peftbench
-from peftbench.cli import doctor, lists, report, sweep, verify
+from peftbench.cli import doctor, lists, profile, report, sweep, verify
 from peftbench.environment import COMMAND
 from peftbench.errors import UserError, nearest
 
@@ -16,6 +16,7 @@ COMMANDS = {
     "sweep": ("train a grid of runs", sweep.SWEEP_HELP),
     "run": ("train one run", sweep.RUN_HELP),
     "report": ("tables and plots of a sweep", report.HELP),
+    "profile": ("measure one configuration, with traces", profile.HELP),
     "verify": ("compare methods with reference implementations", verify.HELP),
     "methods": ("list the methods", lists.METHODS_HELP),
     "models": ("list the models", lists.MODELS_HELP),
@@ -42,7 +43,9 @@ def parser() -> Parser:
         if name in ("sweep", "run"):
             one.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides, see above")
             one.add_argument("--quiet", action="store_true", help="print only what went wrong and the report's path")
-        if name in ("methods", "models", "tasks"):
+        if name == "profile":
+            one.add_argument("overrides", nargs="*", metavar="key=value", help="the keys of run")
+        if name in ("methods", "models", "tasks", "profile"):
             one.add_argument("--json", action="store_true", help="machine-readable")
         if name == "methods":
             one.add_argument("--markdown", action="store_true", help="the documentation's tables")
@@ -70,7 +73,7 @@ def dispatch(arguments: Sequence[str]) -> int:
     if given.command is None:
         top.print_help()
         return 2
-    if rest and (given.command not in ("sweep", "run") or any(r.startswith("-") for r in rest)):
+    if rest and (given.command not in ("sweep", "run", "profile") or any(r.startswith("-") for r in rest)):
         raise UserError(
             f"{rest[0]}: not an argument of {given.command} (see python -m peftbench {given.command} --help)"
         )
@@ -80,6 +83,8 @@ def dispatch(arguments: Sequence[str]) -> int:
         return work([*given.overrides, *rest], given.quiet)
     if given.command == "report":
         return report.report(given.folder, given.consolidate, given.slim)
+    if given.command == "profile":
+        return profile.profile([*given.overrides, *rest], given.json)
     if given.command == "verify":
         return verify.verify(given.methods, given.against, given.model, given.json, given.write)
     if given.command == "doctor":

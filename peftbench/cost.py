@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -18,7 +20,8 @@ from peftbench.engine.stepping import stepper
 from peftbench.models.quantized import dense_parameter_count
 from peftbench.profiling.cost import Trial, measure
 from peftbench.profiling.memory import held
-from peftbench.record import RunSpec
+from peftbench.profiling.trace import write_allocations, write_timeline
+from peftbench.record import RunSpec, plain
 from peftbench.store import Store
 from peftbench.tasks.base import Encoded
 
@@ -150,6 +153,33 @@ def cost_of(alone: Setting, store: Store, encoded: Encoded, listener: Phases) ->
     # Real tokens: the share of the fixed shape that the task's own texts fill.
     share = float(np.mean([min(n, alone.max_length) for n in encoded.lengths])) / alone.max_length
     return {**cost, "tokens_per_second": cost["padded_tokens_per_second"] * share}
+
+
+def profile_once(spec: RunSpec, store: Store, listener: Phases) -> tuple[dict[str, Any], Path]:
+    """Return one configuration's cost, measured unless it is known, and the folder of traces of a few warm steps.
+
+    Raises:
+        UserError: the disk is full or the store cannot be written.
+    """
+    alone = Setting.of([spec])
+    backbone = backbone_of(alone)
+    encoded = alone.task.encode(
+        alone.task.splits(spec.protocol)["train"], backbone.tokenizer, alone.max_length, backbone.kind
+    )
+    cost = cost_of(alone, store, encoded, listener)
+
+    def write(folder: Path) -> None:
+        with trial_of(alone, encoded) as trial:
+            for _ in range(3):
+                trial.by_operations()
+            write_timeline(
+                folder / "trace.json.gz", trial.by_operations, alone.device, trial.objective, trial.optimizer
+            )
+            if alone.device.type == "cuda":
+                write_allocations(folder / "memory.pickle", trial.by_operations, alone.device)
+        (folder / "memory.json").write_text(json.dumps(plain(cost["memory"]), indent=1) + "\n")
+
+    return cost, store.write_traces(alone.profile_id, write)
 
 
 def _counts(alone: Setting) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The only reader and writer of results: one file per run, written at once, never edited.
 
 Layout of `<results>/<sweep.name>/`: ``runs/<run_id>.json``, ``profiles/<profile_id>.json``, ``records.jsonl.gz`` (all
-records in one file, for keeping), ``adapters/<run_id>/`` (if asked for), ``locks/`` (who is training what; gone when
-nobody is), ``report/``.
+records in one file, for keeping), ``adapters/<run_id>/`` (if asked for), ``traces/<profile_id>/`` (by ``profile``),
+``locks/`` (who is training what; gone when nobody is), ``report/``.
 """
 
 import contextlib
@@ -78,6 +78,19 @@ def _alive(owner: dict[str, Any]) -> bool:
 def _slim(record: dict[str, Any]) -> dict[str, Any]:
     quality = record.get("quality")
     return record | {"trace": None, "quality": None if quality is None else {**quality, "items": {}}}
+
+
+def _write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        shutil.rmtree(path, ignore_errors=True)  # left by a run that never came to its record, or an earlier trace
+        os.rename(temporary, path)
+    except OSError as error:
+        raise _full(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class Store:
@@ -195,17 +208,16 @@ class Store:
 
         Raises UserError if the disk is full or the folder cannot be written.
         """
-        path = self.adapter(run_id)
-        temporary = path.with_name(f".{run_id}.{uuid.uuid4().hex}.tmp")
-        try:
-            temporary.mkdir(parents=True)
-            write(temporary)
-            shutil.rmtree(path, ignore_errors=True)  # left by a run that never came to its record
-            os.rename(temporary, path)
-        except OSError as error:
-            raise _full(path, error) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        _write_folder(self.adapter(run_id), write)
+
+    def write_traces(self, profile_id: str, write: Callable[[Path], None]) -> Path:
+        """Let `write` fill a folder of traces, and put it in place of the one there is; returns the folder.
+
+        Raises UserError if the disk is full or the folder cannot be written.
+        """
+        path = self.folder / "traces" / profile_id
+        _write_folder(path, write)
+        return path
 
     def profile(self, profile_id: str) -> dict[str, Any] | None:
         """Return the kept profile, or None."""

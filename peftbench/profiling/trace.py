@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,19 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from peftbench.profiling.phases import phases
 
 
+def _recording(activities: Sequence[ProfilerActivity]) -> profile:
+    # the library behind it says on stderr when it starts and stops, whatever happens; it reads this at its first use
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    return profile(activities=activities, acc_events=True)
+
+
 def kernels_per_step(step: Callable[[], object], device: torch.device) -> int | None:
     """Return how many kernels one step launches on the GPU; None without one, or where they cannot be traced."""
     if device.type != "cuda":
         return None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
-        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as recorded:
+        with _recording([ProfilerActivity.CUDA]) as recorded:
             step()
             torch.cuda.synchronize(device)
         recorded.export_chrome_trace(str(path))
@@ -43,7 +50,7 @@ def write_timeline(
         OSError: it cannot be written whole.
     """
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with profile(activities=activities, acc_events=True) as recorded:
+    with _recording(activities) as recorded:
         for i in range(steps):
             with record_function(f"training step {i + 1}"), _ranges(objective, optimizer):
                 step()
