@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from peftbench.kernels.column_dot import column_dot
+from peftbench.kernels.weight_rows import scaled_rows
 
 DENSE, TRANSPOSED = "dense", "transposed"
 
@@ -213,7 +214,7 @@ def _scaled(weight: Tensor, gains: list[Tensor], i: int) -> Tensor:
     """Return diag(g_i) W_i for one run, rounded once from fp32."""
     if not gains or gains[i].shape[0] > 1:
         return weight
-    return torch.mul(weight, gains[i][0].unsqueeze(1), out=torch.empty_like(weight))
+    return scaled_rows(weight, gains[i][0])
 
 
 def _columns(b: Tensor, gain: Tensor | None) -> Tensor:

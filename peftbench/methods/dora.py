@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftbench.kernels.weight_rows import norm_change
 from peftbench.methods.base import Card, Factors, LowRankDelta, Method, RunDropout, Targets, Traits, require, uniform
 from peftbench.methods.lora import KEEPS_BASE, VARIANTS
 from peftbench.methods.peft_format import SiteFormat, fan_in_fan_out, refuse, same, target_modules, targets, transposed
@@ -65,11 +66,8 @@ class DoraDelta(LowRankDelta):
     @torch.no_grad()
     def norm(self, dtype: torch.dtype) -> Tensor:
         """Return ‖W + BA‖ per output feature, [R, D_out], with the product W A taken in `dtype`."""
-        a, b = self.A, (self.B * self.scale).mT
-        # W A for all runs in one product: [D_out, D_in] × [D_in, R·r].
-        image = self.site.dense_weight(dtype) @ a.to(dtype).transpose(0, 1).flatten(1)
-        image = image.float().unflatten(1, (self.runs, -1)).transpose(0, 1)
-        square = self.square + (b * torch.baddbmm(image, b, a.mT @ a, beta=2)).sum(dim=2)
+        change = norm_change(self.site.dense_weight(dtype), self.A, self.B * self.scale)
+        square = self.square + change
         # Where BA cancels W, the difference has no digits left; this far down g stays bounded instead.
         return square.maximum(torch.finfo(dtype).eps * self.square).sqrt()
 
