@@ -162,6 +162,8 @@ class ProfileConfig:
         in_range("profile.steps", self.steps, 1)
         in_range("profile.max_seconds", self.max_seconds, 0, open_low=True)
         in_range("profile.energy_seconds", self.energy_seconds, 0)
+        if 0 < self.energy_seconds < 10:  # GPUs count energy in coarse steps
+            raise UserError(f"profile.energy_seconds={self.energy_seconds}: expected at least 10, or 0 for none")
 
 
 @dataclass(frozen=True)

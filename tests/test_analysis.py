@@ -500,7 +500,7 @@ def test_tasks_of_one_shape_share_a_row_of_memory():
         record["cost"]["profile_id"] = "same"
     records.append(with_components(make_record(task="sst2"), (32, 128), weights=90))
     (table,) = tables.memory(selected(table_of(*records)))
-    assert [row[:3] for row in table.rows] == [["lora", "sst2", "32 × 128"], ["lora", "cola, rte", "32 × 64"]]
+    assert [row[:3] for row in table.rows] == [["lora", "cola, rte", "32 × 64"], ["lora", "sst2", "32 × 128"]]
 
 
 def test_kinds_of_memory_do_not_share_a_table_or_figure():

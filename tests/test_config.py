@@ -102,6 +102,12 @@ def test_sweep_keys_are_checked(mapping):
         build(SweepConfig, mapping, "")
 
 
+def test_energy_is_measured_over_ten_seconds_or_not_at_all():
+    with pytest.raises(UserError, match=r"profile.energy_seconds=5.0: expected at least 10, or 0"):
+        build(ProfileConfig, {"energy_seconds": 5}, "profile")
+    assert [build(ProfileConfig, {"energy_seconds": x}, "profile").energy_seconds for x in (0, 10)] == [0, 10]
+
+
 def test_nearest_names_only_what_is_near():
     assert nearest("lorra", ["lora", "full"]) == "; did you mean 'lora'?"
     assert nearest("zzz", ["lora"]) == ""

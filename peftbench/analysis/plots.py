@@ -818,7 +818,8 @@ def _memory_figure(name: str, title: str, kind: str, shapes: Mapping[str, list[d
         for ax, (shape, rows) in zip(axes, shown.items(), strict=True):
             _draw_bars(ax, rows, factor)
             ax.set_title(f"{shape} tokens")
-            ax.set_xlabel(_with_unit(memory_title(kind), suffix))
+            named = _with_unit(memory_title(kind), suffix)
+            ax.set_xlabel(named if columns == 1 else named.replace(" (", "\n("))  # a narrow panel has no room
         _share_titles(axes)
         figure.suptitle(title, fontsize=8.5)
         _legend(figure, [Rectangle((0, 0), 1, 1, facecolor=colour) for colour in PARTS.values()], list(PARTS))
@@ -847,7 +848,7 @@ def _draw_bars(axes: Axes, rows: Sequence[Row], factor: float) -> None:
     left = np.zeros(len(rows))
     for part, colour in PARTS.items():
         widths = np.array([row[f"memory_{part}_bytes"] / factor for row in rows])
-        axes.barh(places, widths, left=left, height=0.72, color=colour, edgecolor="white", linewidth=0.3, zorder=2)
+        axes.barh(places, widths, left=left, height=0.72, color=colour, linewidth=0, zorder=2)
         left += widths
     for place, row in zip(places, rows, strict=True):
         peak = row["memory_peak_bytes"] / factor

@@ -330,9 +330,9 @@ def accounted(chosen: pd.DataFrame) -> list[dict[Any, Any]]:
         kept = found.setdefault(key, {**row, "tasks": ""})
         kept["tasks"] = ", ".join(sorted({*filter(None, kept["tasks"].split(", ")), str(row["task"])}))
     for row in found.values():
-        sizes = number(row["profile_batch_size"]), number(row["profile_length"])
-        row["shape"] = MISSING if None in sizes else f"{sizes[0]:.0f} × {sizes[1]:.0f}"
-    order = ("model", "device_kind", "memory_kind", "shape", "memory_peak_bytes", "variant")
+        rows, length = number(row["profile_batch_size"]) or 0, number(row["profile_length"]) or 0
+        row |= {"shape": f"{rows:.0f} × {length:.0f}" if rows and length else MISSING, "tokens": rows * length}
+    order = ("model", "device_kind", "memory_kind", "tokens", "shape", "memory_peak_bytes", "variant")
     return sorted(found.values(), key=lambda row: [row[column] for column in order])
 
 

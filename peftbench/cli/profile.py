@@ -121,7 +121,7 @@ def facts(cost: dict[str, Any]) -> list[tuple[str, str]]:
             "arithmetic",
             f"{human_count(cost['flops_per_token'])} FLOP a token counted, "
             f"{human_count(cost['analytic_flops_per_token'])} analytic; {_percent(cost['model_flops_utilization'])} of "
-            f"{human_count(cost['matmul_ceiling_flops_per_second'])} FLOP/s",
+            f"{cost['matmul_ceiling_flops_per_second'] / 1e12:.3g} TFLOP/s",
         ),
         (
             "traffic",
