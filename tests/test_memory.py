@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
 
-from peftbench.profiling.memory import TensorTracker, blocks_of, events_of, held, memory_of
+from peftbench.profiling.memory import TensorTracker, blocks_of, events_of, held, memory_of, recorded_cuda
 from peftbench.profiling.phases import phases
 from peftbench.profiling.replay import COMPONENTS, Alloc, Event, Free, Mark, replay
 
@@ -195,6 +195,71 @@ def test_tracked_tensors_have_components_too() -> None:
     assert parts + memory["residual"] == memory["peak"]
     assert abs(memory["residual"]) < 100
     assert memory["phases"]["step"] < memory["phases"]["forward"] <= memory["phases"]["backward"] <= memory["peak"]
+
+
+class Allocator(TensorTracker):
+    """Tracked tensors that tell of themselves as CUDA's allocator does."""
+
+    def __init__(self, existing: Iterable[torch.Tensor]) -> None:
+        self.trace: list[dict[str, Any]] = []
+        self.places: dict[int, int] = {}
+        self.recording: list[str | None] = []
+        super().__init__(existing)
+
+    def _track(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        new = storage._cdata not in self._sizes
+        super()._track(tensor)
+        if new and storage.nbytes():
+            self.places[storage._cdata] = storage.data_ptr()
+            self.trace.append({"action": "alloc", "addr": storage.data_ptr(), "size": storage.nbytes()})
+
+    def _release(self, key: int) -> None:
+        if key in self.places:
+            self.trace.append({"action": "free_requested", "addr": self.places.pop(key)})
+        super()._release(key)
+
+    def snapshot(self, device: Any) -> dict[str, Any]:
+        sizes = {self.places[key]: -(-size // 512) * 512 for key, size in self._sizes.items() if key in self.places}
+        blocks = [{"address": a, "size": size, "state": "active_allocated"} for a, size in sizes.items()]
+        found = {"segments": [{"device": 0, "blocks": blocks}], "device_traces": [list(self.trace)]}
+        self.trace.append({"action": "snapshot", "addr": 0, "size": 0})
+        return found
+
+    def record(self, enabled: str | None, **options: Any) -> None:
+        self.recording.append(enabled)
+
+
+@pytest.fixture
+def allocator(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Allocator, Line]]:
+    line = Line(100_001)
+    allocator = Allocator([line.w, line.x, line.moment])
+    monkeypatch.setattr(torch.cuda.memory, "get_allocator_backend", lambda: "native")
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", allocator.record)
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", allocator.snapshot)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    with allocator:
+        line.train_step()
+        yield allocator, line
+
+
+def test_the_allocators_history_gives_what_tracked_tensors_give(allocator: tuple[Allocator, Line]) -> None:
+    fake, line = allocator
+    peak = recorded_cuda(line, line.train_step, torch.device("cuda", 0))
+    assert peak is not None
+    rounded = -(-400_004 // 512) * 512
+    for part in ("weights", "adapter", "optimizer", "gradients", "activations", "workspace"):
+        assert rounded <= peak.components[part] < rounded + 8 * 512
+    assert peak.phase == "backward"
+    assert sum(peak.components.values()) == peak.bytes
+    assert fake.recording == ["all", None]
+
+
+def test_recording_ends_with_a_step_that_fails(allocator: tuple[Allocator, Line]) -> None:
+    fake, line = allocator
+    with pytest.raises(ZeroDivisionError):
+        recorded_cuda(line, lambda: 1 / 0, torch.device("cuda", 0))
+    assert fake.recording == ["all", None]
 
 
 def test_gradients_are_known_in_the_optimizers_step() -> None:

@@ -134,7 +134,7 @@ def memory_of(
             "managed": managed_bytes(every),
             "process_peak": None,
         }
-        found = _recorded_cuda(subject, recorded, device)
+        found = recorded_cuda(subject, recorded, device)
     else:
         with TensorTracker(every) as tracker:
             for _ in range(2):
@@ -147,7 +147,7 @@ def memory_of(
             "managed": None,
             "process_peak": process_peak(),
         }
-        found = _recorded_tensors(subject, recorded, every)
+        found = recorded_tensors(subject, recorded, every)
     return {**result, **_described(found, result["peak"])}
 
 
@@ -163,7 +163,8 @@ def _described(found: Peak | None, peak: int) -> dict[str, Any]:
     }
 
 
-def _recorded_tensors(subject: Subject, step: Callable[[], object], every: Iterable[torch.Tensor]) -> Peak | None:
+def recorded_tensors(subject: Subject, step: Callable[[], object], every: Iterable[torch.Tensor]) -> Peak | None:
+    """Play the tracked tensors of one step again; None for a step that hides its phases."""
     known = _known(subject, address_of)
     with TensorTracker(every) as tracker:
 
@@ -176,8 +177,8 @@ def _recorded_tensors(subject: Subject, step: Callable[[], object], every: Itera
     return _replayed(tracker.before, known, tracker.events, subject.flat_gradient())
 
 
-def _recorded_cuda(subject: Subject, step: Callable[[], object], device: torch.device) -> Peak | None:
-    """Play the allocator's history of one step again; None for an allocator that keeps none."""
+def recorded_cuda(subject: Subject, step: Callable[[], object], device: torch.device) -> Peak | None:
+    """Play the allocator's history of one step again; None without one, or for a step that hides its phases."""
     if torch.cuda.memory.get_allocator_backend() != "native":
         return None
     known = _known(subject, lambda t: t.untyped_storage().data_ptr())
