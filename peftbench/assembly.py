@@ -192,7 +192,7 @@ def assembled(setting: Setting, backbone: Backbone | None = None) -> Iterator[As
                 )
             else:
                 objective = objectives.TextObjective(model, adapter, len(seeds), seq2seq=backbone.kind == "seq2seq")
-            with compiled_layers(model) if setting.train.execution == "compiled" else nullcontext():
+            with compiled_layers(model) if setting.train.execution.startswith("compiled") else nullcontext():
                 yield Assembly(setting, backbone, adapter, objective, head)
         finally:
             adapter.detach()

@@ -23,7 +23,7 @@ QUANTIZATIONS = tuple(
 SCHEDULES = ("linear", "constant", "cosine")
 PRECISIONS = ("fp32", "bf16")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit")
-EXECUTIONS = ("eager", "compiled", "graphs")
+EXECUTIONS = ("eager", "compiled", "graphs", "compiled_graphs")
 PROTOCOLS = ("held_out", "paper")
 DEVICES = ("auto", "cpu", "cuda")
 

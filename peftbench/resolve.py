@@ -105,13 +105,16 @@ class Resolver:
     def _model(self, option: str, values: tuple[tuple[str, Any], ...]) -> tuple[ModelConfig, dict[str, Any], str]:
         from peftbench.models import source
 
+        config = self._model_config(option, values)
+        return config, as_dict(config), source.fingerprint(config)
+
+    def _model_config(self, option: str, values: tuple[tuple[str, Any], ...]) -> ModelConfig:
         mapping = self._settings("model", option, values)
         if option == "hub" and mapping.get("checkpoint") in (None, "???"):
             raise UserError("model=hub: name a checkpoint too, model.checkpoint=<owner>/<name>")
         if mapping.get("name") in (None, "???", "hub") and mapping.get("checkpoint"):
             mapping["name"] = mapping["checkpoint"]
-        config = build(ModelConfig, mapping, "model")
-        return config, as_dict(config), source.fingerprint(config)
+        return build(ModelConfig, mapping, "model")
 
     def _method(self, option: str, values: tuple[tuple[str, Any], ...]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         mapping = self._settings("method", option, values)
@@ -169,10 +172,15 @@ class Resolver:
         import torch
 
         from peftbench.engine import paging
-        from peftbench.methods.base import Method
 
         if optimizer.startswith("paged_"):
             paging.check(f"train.optimizer={optimizer}", torch.device(self.device))
+        return self._check_own_optimizer(optimizer, name, method)
+
+    def _check_own_optimizer(self, optimizer: str, name: str, method: Any) -> bool:
+        """Raise UserError if the method has an optimizer of its own and `optimizer` is another than the default."""
+        from peftbench.methods.base import Method
+
         if optimizer != DEFAULT_OPTIMIZER and type(method).base_optimizer is not Method.base_optimizer:
             raise UserError(
                 f"train.optimizer={optimizer}: method {name} has an optimizer of its own; expected {DEFAULT_OPTIMIZER}"
@@ -183,13 +191,11 @@ class Resolver:
         """Raise UserError unless whole steps of this recipe and method can be captured, where that is asked for."""
         from peftbench.methods.base import Method
 
-        if train.execution != "graphs":
+        if not train.execution.endswith("graphs"):
             return True
         hindrance = None
         if self.device != "cuda":
             hindrance = f"a CUDA graph needs device=cuda, this is {self.device}"
-        elif type(method).after_step.__func__ is not Method.after_step.__func__:  # type: ignore[attr-defined]
-            hindrance = f"method {name} acts after steps, on the host's plan"
         elif type(method).base_optimizer is not Method.base_optimizer:
             hindrance = f"method {name} has an optimizer of its own, which counts its steps on the host"
         elif train.optimizer.startswith("paged_"):
@@ -197,7 +203,8 @@ class Resolver:
         elif train.checkpointing:
             hindrance = "train.checkpointing=true asks for the generator's state, which a capture does not give"
         if hindrance is not None:
-            raise UserError(f"train.execution=graphs: {hindrance}; expected eager")
+            instead = "compiled" if train.execution.startswith("compiled") else "eager"
+            raise UserError(f"train.execution={train.execution}: {hindrance}; expected {instead}")
         return True
 
     # Points.
@@ -205,11 +212,7 @@ class Resolver:
     def spec(self, point: Point) -> RunSpec:
         """Return the resolved run of one point; raises UserError for whatever keeps it from running."""
         point = self._with_required(dict(point))
-        parts: dict[str, tuple[str, tuple[tuple[str, Any], ...], str]] = {}
-        for group in GROUPS:
-            own = tuple(sorted((k[len(group) + 1 :], v) for k, v in point.items() if k.startswith(f"{group}.")))
-            parts[group] = (str(point[group]), own, canonical([point[group], own]))
-
+        parts = {group: _part(point, group) for group in GROUPS}
         config, model, weights = self._once(("model", parts["model"][2]), lambda: self._model(*parts["model"][:2]))
         method, method_settings, mapping = self._once(
             ("method", parts["method"][2]), lambda: self._method(*parts["method"][:2])
@@ -276,6 +279,46 @@ class Resolver:
             },
         )
 
+    def sketch(self, point: Point) -> tuple[RunSpec, Any]:
+        """Return the run of one point as far as shapes go, and its task; neither weights nor texts are looked for.
+
+        Without a task it is one of text, for an encoder one of two classes. Raises UserError for whatever does not fit.
+        """
+        from peftbench.models.load import kind_of, shape_config
+
+        point = self._with_required(dict(point))
+        parts = {group: _part(point, group) for group in GROUPS if group in point}
+        named = parts["model"], parts["method"]
+        config = self._once(("config", named[0][2]), lambda: self._model_config(*named[0][:2]))
+        kind = self._once(("kind", named[0][2]), lambda: kind_of(config, shape_config(config)))
+        method, settings, _ = self._once(("method", named[1][2]), lambda: self._method(*named[1][:2]))
+        train = build(TrainConfig, self._settings("train", *parts["train"][:2]), "train")
+        task: Any = AnyTask("head", 128) if kind == "encoder" else AnyTask("text", 512)
+        if "task" in parts:
+            task = self._once(("bare task", parts["task"][2]), lambda: self._bare_task(*parts["task"][:2]))
+        method = method.with_tasks(task.num_tasks)
+        length = task.max_length if train.max_length is None else train.max_length
+        key = (named[0][2], named[1][2], task.formulation)
+        self._once(("check", *key, task.num_tasks), lambda: self._check(config, method, task.formulation, named[1]))
+        self._once(("length", *key, length), lambda: self._check_length(config, method, task.formulation, length))
+        self._check_own_optimizer(train.optimizer, named[1][0], method)
+        spec = RunSpec(
+            model=as_dict(config),
+            method={**settings, **plain(as_dict(method))},
+            task={"name": task.name},
+            # a learning rate has no shape
+            train=as_dict(dataclasses.replace(train, max_length=length, learning_rate=train.learning_rate or 1.0)),
+            profile={},
+            seed=0,
+            protocol="held_out",
+            device=self.device,
+            identity={},
+        )
+        return spec, task
+
+    def _bare_task(self, option: str, values: tuple[tuple[str, Any], ...]) -> Any:
+        return registry.build_task(self._settings("task", option, values))
+
     def _with_required(self, point: Point) -> Point:
         """Apply what the method's yaml requires of other groups; an explicit conflict is an error."""
         method = str(point["method"])
@@ -297,6 +340,24 @@ class Resolver:
         )
         family = spec.model.get("family") or (spec.model.get("architecture") or {}).get("model_type")
         return cls.traits.packable and packable(family), frozenset(cls.traits.free_in_pack)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyTask:
+    """What a task's shapes are where nobody names one."""
+
+    formulation: str
+    max_length: int
+    name: str = "any"
+    num_labels: int = 2
+    num_tasks: int = 1
+    task_classes: None = None
+
+
+def _part(point: Point, group: str) -> tuple[str, tuple[tuple[str, Any], ...], str]:
+    """Return what a point says of a group: the option, its own values, and both as text."""
+    own = tuple(sorted((k[len(group) + 1 :], v) for k, v in point.items() if k.startswith(f"{group}.")))
+    return str(point[group]), own, canonical([point[group], own])
 
 
 def _set(mapping: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:

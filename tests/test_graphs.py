@@ -20,7 +20,7 @@ from peftbench.engine.graphs import GraphSteps
 from peftbench.engine.heads import PackedHead
 from peftbench.engine.objectives import HeadObjective
 from peftbench.engine.optimizer import PackedAdamW, Recipe
-from peftbench.engine.stepping import stepper
+from peftbench.engine.stepping import EagerSteps, stepper
 from peftbench.errors import UserError
 from peftbench.methods.adapter import generator_for
 from peftbench.models.load import set_dropout
@@ -39,10 +39,10 @@ def test_eager_execution_leaves_every_id_alone() -> None:
     assert named.run_id == unnamed.run_id
     assert profile_id(named, ()) == profile_id(unnamed, ())
     seen = {unnamed.run_id, profile_id(unnamed, ())}
-    for execution in ("compiled", "graphs"):
+    for execution in ("compiled", "graphs", "compiled_graphs"):
         other = make_spec(**{"train.execution": execution})
         seen |= {other.run_id, profile_id(other, ())}
-    assert len(seen) == 6
+    assert len(seen) == 8
 
 
 def _resolve(device: str, monkeypatch: pytest.MonkeyPatch, **given: Any) -> None:
@@ -53,7 +53,6 @@ def _resolve(device: str, monkeypatch: pytest.MonkeyPatch, **given: Any) -> None
 
 
 REFUSED = [
-    ({"method": "adalora"}, "method adalora acts after steps"),
     ({"method": "galore"}, "method galore has an optimizer of its own"),
     ({"train.optimizer": "paged_adamw"}, "train.optimizer=paged_adamw moves pages"),
     ({"train.checkpointing": True}, "train.checkpointing=true asks"),
@@ -80,7 +79,10 @@ def test_everything_else_can_be_asked_for(method: str, monkeypatch: pytest.Monke
 
 BAD = [
     ("train.execution=graphs", "train.execution=graphs: a CUDA graph needs device=cuda, this is cpu; expected eager"),
-    ("train.execution=graph", "train.execution=graph: expected one of eager, compiled, graphs; did you mean 'graphs'?"),
+    (
+        "train.execution=graph",
+        "train.execution=graph: expected one of eager, compiled, graphs, compiled_graphs; did you mean 'graphs'?",
+    ),
 ]
 
 
@@ -144,6 +146,7 @@ def training(
         [Recipe(1e-2 / (1 + s), 0.01, 1.0, "linear", 0.1) for s in seeds],
         STEPS,
         ratios=adapter.rate_ratios() + [[1.0] * runs] * len(objective.parameters()),
+        keep_gradients=adapter.watches_steps,
     )
     g = torch.Generator().manual_seed(3)
     ids = [torch.randint(10, 60, (3 + i % 12,), generator=g).tolist() for i in range(ITEMS)]
@@ -214,10 +217,20 @@ def test_labels_of_an_encoder_decoder_come_in_few_lengths() -> None:
     assert {s[1] for s in seen} == {8, 16, 19}
 
 
-def test_a_method_that_acts_after_steps_never_reaches_a_graph() -> None:
-    objective, optimizer, table = training(small("adalora"), runs=1)
-    with pytest.raises(AssertionError, match="acts after steps"):
-        GraphSteps(objective, optimizer, table, recorder=Again())
+def test_a_method_acts_after_replays_as_after_steps() -> None:
+    """AdaLoRA's allocation, by a plan on the host, sees each replay's gradient."""
+    traces = []
+    for recorder in (None, Again()):
+        objective, optimizer, table = training(small("adalora"), runs=1)
+        work: Any = (
+            EagerSteps(objective, optimizer, table)
+            if recorder is None
+            else GraphSteps(objective, optimizer, table, eager_steps=1, recorder=recorder)
+        )
+        batches = [PackedBatch(np.arange(4 * (k % 2), 4 * (k % 2) + 4)[None], 8, 0) for k in range(8)]
+        traces.append(torch.stack([work(batch) for batch in batches]))
+    torch.testing.assert_close(traces[1], traces[0], rtol=1e-6, atol=0)
+    assert work.replayed > 3
 
 
 def test_capture_needs_and_leaves_the_bases_optimizer_as_it_was() -> None:

@@ -23,18 +23,20 @@ HEADERS = (
 )
 
 BARS: tuple[tuple[str, str, str, float], ...] = (
-    ("time", "ours-lora-compiled", "hf-lora", 0.54),
-    ("time", "ours-lora-compiled", "hf-full", 0.79),
-    ("time", "ours-lora-compiled", "hf-full-compiled", 0.85),
+    *(
+        ("time", f"ours-lora{mode}", other, most)
+        for mode in ("-compiled", "-compiled-graphs")
+        for other, most in (("hf-lora", 0.54), ("hf-full", 0.79), ("hf-full-compiled", 0.85))
+    ),
     ("time", "ours-lora", "hf-lora", 0.62),
     ("time", "ours-lora", "frozen", 1.12),
     *(
         ("time", f"ours-{method}{mode}", f"ours-lora{mode}", most)
         for method, most in (("dora", 1.10), ("adalora", 1.15), ("vera", 1.15), ("lora_plus", 1.15), ("qlora", 1.12))
-        for mode in ("", "-compiled")
+        for mode in ("", "-compiled", "-compiled-graphs")
     ),
-    *(("memory", f"ours-lora{mode}", "hf-lora", 0.4) for mode in ("", "-compiled")),
-    *(("memory", f"ours-dora{mode}", f"ours-lora{mode}", 1.05) for mode in ("", "-compiled")),
+    *(("memory", f"ours-lora{mode}", "hf-lora", 0.4) for mode in ("", "-compiled", "-compiled-graphs")),
+    *(("memory", f"ours-dora{mode}", f"ours-lora{mode}", 1.05) for mode in ("", "-compiled", "-compiled-graphs")),
 )
 """(what is compared, contestant, whom with, largest ratio that passes)."""
 LEAST_TOKENS = {"qlora": 4096}

@@ -268,7 +268,7 @@ def ours(method: str, execution: str = "eager", **settings: Any) -> Builder:
                 assembly.adapter.parameter_count(),
                 uses_base=not setting.trains_base,
                 trains_base=setting.trains_base,
-                movable=execution != "graphs",
+                movable=not execution.endswith("graphs"),
                 ran=lambda: execution == make_step.execution,
                 note=_note(setting, quantization),
             )
@@ -343,7 +343,7 @@ _HF: dict[str, Builder] = {
     "hf-adalora": hf_peft("adalora"),
     "hf-vera": hf_peft("vera"),
 }
-EXECUTIONS = {"": "eager", "-compiled": "compiled", "-graphs": "graphs"}
+EXECUTIONS = {"": "eager", "-compiled": "compiled", "-graphs": "graphs", "-compiled-graphs": "compiled_graphs"}
 BUILDERS: dict[str, Builder] = _HF | {
     f"ours-{name}{suffix}": ours(method, execution, **settings)
     for suffix, execution in EXECUTIONS.items()

@@ -33,7 +33,7 @@ examples:
 groups:    model=  method=  task=  train=  profile=     (python -m peftbench models|methods|tasks)
 settings:  method.rank= method.alpha= ...  train.steps= train.epochs= train.batch_size= train.learning_rate=
            train.max_length= train.precision=fp32|bf16 train.dropout=<p>|null ...
-           train.execution=eager|compiled|graphs  seed=  protocol=held_out|paper
+           train.execution=eager|compiled|graphs|compiled_graphs  seed=  protocol=held_out|paper
 the sweep: experiment=  results=<folder>  sweep.name=<name>  pack=auto|<n>  device=auto|cpu|cuda
            retry_failed=true  save_adapters=true
 

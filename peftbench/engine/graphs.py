@@ -2,7 +2,8 @@
 
 A small model's step is a thousand kernels of a few microseconds each, and the host cannot launch them as fast as the
 GPU runs them. A graph holds all of them, from gathering the batch to AdamW's update; per step the host copies the
-batch's indices into a buffer and launches the graph. Batches come in few shapes, since lengths come in buckets.
+batch's indices into a buffer and launches the graph. Batches come in few shapes, since lengths come in buckets. What a
+method does once a step is made follows the host's plan, and so comes after the replay.
 
 The numbers are those of eager steps: the same kernels on the same data, and dropout's generator goes on from replay to
 replay as it does from step to step. Evaluation stays eager.
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from peftbench.engine.batches import LENGTH_MULTIPLE, PackedBatch, TokenTable
-from peftbench.engine.loop import parts_of, step_on
+from peftbench.engine.loop import after_step, parts_of, step_on
 from peftbench.engine.objectives import Objective
 from peftbench.engine.optimizer import PackedAdamW
 
@@ -89,6 +90,7 @@ class Shape:
         length, label_length: tokens and labels that rows are padded to.
         steps: steps made so far.
         replay: does a step on the rows in `index`; None: not captured.
+        gradient: where a replay leaves the step's clipped gradient, if the method looks at it.
     """
 
     index: Tensor
@@ -97,6 +99,7 @@ class Shape:
     label_length: int
     steps: int = 0
     replay: Work | None = None
+    gradient: Tensor | None = None
 
 
 class GraphSteps:
@@ -121,11 +124,12 @@ class GraphSteps:
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         eager_steps: int = EAGER_STEPS,
         recorder: Recorder | None = None,
+        compiled: bool = False,
     ) -> None:
-        assert not objective.adapter.watches_steps, "what acts after steps cannot be captured"
         self.replayed = 0
         self.capture_seconds = 0.0
         self.failure: str | None = None
+        self._compiled = compiled
         self._objective, self._optimizer, self._table = objective, optimizer, table
         self._accumulation, self._autocast, self._eager_steps = accumulation, autocast, eager_steps
         self._recorder = recorder or GraphRecorder(table.device)
@@ -134,7 +138,9 @@ class GraphSteps:
 
     @property
     def execution(self) -> str:
-        """What really ran so far: graphs once a step was replayed, else eager."""
+        """What really ran so far: graphs once a step was replayed, else what they would have been made of."""
+        if self._compiled:
+            return "compiled_graphs" if self.replayed else "compiled"
         return "graphs" if self.replayed else "eager"
 
     def __call__(self, batch: PackedBatch) -> Tensor:
@@ -151,7 +157,9 @@ class GraphSteps:
             else:
                 shape.replay()
                 self.replayed += 1
+                self._optimizer.gradient = shape.gradient
             self._optimizer.step_count = done + 1  # a replay passes the host's own count by
+            after_step(self._objective, self._optimizer)
         shape.steps += 1
         # made where the caller works; the next step waits for it
         return self._losses.clone()
@@ -178,10 +186,15 @@ class GraphSteps:
         optimizer, done, begin = self._optimizer, self._optimizer.step_count, time.perf_counter()
         try:
             with optimizer.capturable():
-                return self._recorder.record(lambda: self._step(shape))
+                replay = self._recorder.record(lambda: self._step(shape))
+                shape.gradient = optimizer.gradient
+                return replay
         except RuntimeError as error:
             self.failure = _first_line(error)
-            logger.warning("train.execution=graphs: a step could not be captured, going on eagerly: %s", self.failure)
+            asked, left = ("compiled_graphs", "compiled") if self._compiled else ("graphs", "eagerly")
+            logger.warning(
+                "train.execution=%s: a step could not be captured, going on %s: %s", asked, left, self.failure
+            )
             for p in (*optimizer.packed, *optimizer.plain):
                 p.grad = None
             return None

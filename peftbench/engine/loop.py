@@ -41,7 +41,9 @@ def train_step(
 ) -> Tensor:
     """Make one optimizer step for all runs and return their losses [R], without waiting for the device."""
     parts = parts_of(batch.items, accumulation)
-    return step_on([table.gather(part, batch.length) for part in parts], objective, optimizer, autocast)
+    losses = step_on([table.gather(part, batch.length) for part in parts], objective, optimizer, autocast)
+    after_step(objective, optimizer)
+    return losses
 
 
 def parts_of(items: np.ndarray, accumulation: int) -> list[np.ndarray]:
@@ -69,9 +71,13 @@ def step_on(
         total = losses.detach() if total is None else total + losses.detach()
     assert total is not None
     optimizer.step(total)
+    return total
+
+
+def after_step(objective: Objective, optimizer: PackedAdamW) -> None:
+    """Give the method its turn once a step is made; it may go by a plan on the host."""
     if objective.adapter.watches_steps:
         objective.adapter.after_step(optimizer.end())
-    return total
 
 
 def train(

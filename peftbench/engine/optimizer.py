@@ -121,7 +121,7 @@ class PackedAdamW:
         """Runs that have stayed finite so far [R]."""
         self.step_count = 0
         self._keep = keep_gradients
-        self._gradient: Tensor | None = None
+        self.gradient: Tensor | None = None
         self._flatten(recipes, device, ratios)
         self._fused = base
         if self.plain and base is None:
@@ -237,11 +237,11 @@ class PackedAdamW:
 
     def end(self) -> StepEnd:
         """Return what a method sees of the step just made; needs `keep_gradients`."""
-        assert self._gradient is not None, "gradients were not kept"
+        assert self.gradient is not None, "gradients were not kept"
         return StepEnd(
             self.step_count,
             len(self.rates),
-            lambda p: self._part(self._gradient, p),
+            lambda p: self._part(self.gradient, p),
             self._moments_of,
             self._set_moments,
             self.alive,
@@ -275,7 +275,7 @@ class PackedAdamW:
         dead = self.alive.logical_not().unsqueeze(-1)
         grad.mul_(shrink).masked_fill_(dead, 0.0)
         if self._keep:
-            self._gradient = grad
+            self.gradient = grad
         # In place, and by chunks: what a step needs beside the gradient is two copies of a chunk.
         for columns in self._moments.chunks():
             g, flat = grad[:, columns], self.flat[:, columns]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -67,6 +67,8 @@ def stepper(
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Stepper:
     """Return what runs steps as `execution` says, one of `peftbench.config.EXECUTIONS`."""
-    if execution == "graphs":
-        return GraphSteps(objective, optimizer, table, accumulation=accumulation, autocast=autocast)
+    if execution.endswith("graphs"):
+        compiled = execution.startswith("compiled")
+        recipe: dict[str, Any] = {"accumulation": accumulation, "autocast": autocast, "compiled": compiled}
+        return GraphSteps(objective, optimizer, table, **recipe)
     return EagerSteps(objective, optimizer, table, accumulation=accumulation, autocast=autocast, execution=execution)

@@ -147,7 +147,7 @@ def measure(
         "energy_window_seconds": None if energy is None else energy.seconds,
         "startup_seconds": startup,
         "execution": execution,
-        "compile_seconds": max(first - base, 0.0) if execution == "compiled" else capture or None,
+        "compile_seconds": max(first - base, 0.0) if execution.startswith("compiled") else capture or None,
         "observer": {
             **{
                 name: median(w.seconds) / (base if name == "kernels" else slow) if w.seconds else None
