@@ -1,4 +1,4 @@
-"""The commands: ``python -m peftbench sweep|run|report|profile|verify|methods|models|tasks|doctor``."""
+"""The commands: ``python -m peftbench sweep|run|report|profile|estimate|verify|methods|models|tasks|doctor``."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import peftbench
-from peftbench.cli import doctor, lists, profile, report, sweep, verify
+from peftbench.cli import doctor, estimate, lists, profile, report, sweep, verify
 from peftbench.environment import COMMAND
 from peftbench.errors import UserError, nearest
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "run": ("train one run", sweep.RUN_HELP),
     "report": ("tables and plots of a sweep", report.HELP),
     "profile": ("measure one configuration, with traces", profile.HELP),
+    "estimate": ("predict cost and what fits into a GPU", estimate.HELP),
     "verify": ("compare methods with reference implementations", verify.HELP),
     "methods": ("list the methods", lists.METHODS_HELP),
     "models": ("list the models", lists.MODELS_HELP),
@@ -43,10 +44,13 @@ def parser() -> Parser:
         if name in ("sweep", "run"):
             one.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides, see above")
             one.add_argument("--quiet", action="store_true", help="print only what went wrong and the report's path")
-        if name == "profile":
+        if name in ("profile", "estimate"):
             one.add_argument("overrides", nargs="*", metavar="key=value", help="the keys of run")
-        if name in ("methods", "models", "tasks", "profile"):
+        if name in ("methods", "models", "tasks", "profile", "estimate"):
             one.add_argument("--json", action="store_true", help="machine-readable")
+        if name == "estimate":
+            one.add_argument("--vram", metavar="size", help="memory of the GPU: 24GiB, 24GB, 24576MiB")
+            one.add_argument("--fit", action="store_true", help="which methods fit into --vram")
         if name == "methods":
             one.add_argument("--markdown", action="store_true", help="the documentation's tables")
         if name == "verify":
@@ -73,7 +77,7 @@ def dispatch(arguments: Sequence[str]) -> int:
     if given.command is None:
         top.print_help()
         return 2
-    if rest and (given.command not in ("sweep", "run", "profile") or any(r.startswith("-") for r in rest)):
+    if rest and (given.command not in ("sweep", "run", "profile", "estimate") or any(r.startswith("-") for r in rest)):
         raise UserError(
             f"{rest[0]}: not an argument of {given.command} (see python -m peftbench {given.command} --help)"
         )
@@ -85,6 +89,8 @@ def dispatch(arguments: Sequence[str]) -> int:
         return report.report(given.folder, given.consolidate, given.slim)
     if given.command == "profile":
         return profile.profile([*given.overrides, *rest], given.json)
+    if given.command == "estimate":
+        return estimate.estimate([*given.overrides, *rest], given.vram, given.fit, given.json)
     if given.command == "verify":
         return verify.verify(given.methods, given.against, given.model, given.json, given.write)
     if given.command == "doctor":

@@ -7,14 +7,14 @@ Deep models are traced with a few layers and continued (`profiling.timeline`). W
 - CUDA's allocator gives whole multiples of 512 bytes.
 
 Not seen: the rest of a cached block that the allocator does not split off (under 1 MiB for each large block), and what
-CUDA's context and fragmentation take beside; `RESERVE` and `FRAGMENTATION` leave room for those where memory is given.
-Execution is eager.
+CUDA's context and fragmentation take beside, for which `capacity` leaves room. Execution is eager.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,12 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peftbench.assembly import Setting, assembled
-from peftbench.config import ModelConfig, build
+from peftbench import registry
+from peftbench.assembly import Assembly, Setting, assembled
+from peftbench.config import ModelConfig, TrainConfig, as_dict, build
 from peftbench.cost import trial_on
 from peftbench.engine import paging
 from peftbench.engine.batches import TokenTable
 from peftbench.errors import UserError
+from peftbench.methods.base import Method
 from peftbench.models import tokenizer
 from peftbench.models.load import Backbone, build_meta, kind_of, shape_config
 from peftbench.models.roles import first_input
@@ -39,14 +41,11 @@ from peftbench.profiling.memory import ROUNDING, address_of
 from peftbench.profiling.phases import phases, shadowed
 from peftbench.profiling.shapes import fill, shapes_alone
 from peftbench.profiling.timeline import InLayer, Levels, Tape, Timeline, deepened, peak
+from peftbench.record import RunSpec, canonical
 
 CUBLAS_WORKSPACE = 32 * 2**20
 """Bytes that PyTorch gives cuBLAS for each thread on GPUs of capability 9 and above (4096 KiB, 8 times)."""
 CUBLAS_THREADS = 2
-RESERVE = 768 * 2**20
-"""Bytes of a GPU left to CUDA's context and to the kernels it loads."""
-FRAGMENTATION = 0.03
-"""Share of a GPU left to what the allocator cannot give again."""
 SHORTEST = 3
 """Fewest layers that a trace has: a first, a middle and a last one."""
 
@@ -109,10 +108,23 @@ class _Step:
         return [*counts, self.managed, self.timeline.flops]
 
 
-def predict(setting: Setting, kind: str = "cuda", *, whole: bool = False) -> Prediction:
+def setting_of(spec: RunSpec, task: Any, runs: int = 1) -> Setting:
+    """Return what `predict` takes for `runs` runs of `spec` side by side; of `task` only shapes are asked."""
+    specs = [dataclasses.replace(spec, seed=spec.seed + run) for run in range(runs)]
+    methods = [cast(Method, registry.build_method(spec.method)) for _ in specs]
+    return Setting(specs, task, build(TrainConfig, spec.train, "train"), methods, torch.device("cpu"))
+
+
+def with_batch(setting: Setting, rows: int) -> Setting:
+    """Return the setting with another `train.batch_size`."""
+    return dataclasses.replace(setting, train=dataclasses.replace(setting.train, batch_size=rows))
+
+
+def predict(setting: Setting, kind: str = "cuda", *, whole: bool = False, exact: bool = True) -> Prediction:
     """Return the cost of the runs of `setting` side by side (usually one) on a device of `kind`.
 
-    Counts are those of the first run. With `whole` no layer is left out of the trace.
+    Counts are those of the first run. With `whole` no layer is left out of the trace. Unless it is to be `exact`, the
+    checkpoint's size may be some hundred bytes off: its header holds the layers' numbers as text.
 
     Raises:
         UserError: the method does not fit the model.
@@ -121,16 +133,20 @@ def predict(setting: Setting, kind: str = "cuda", *, whole: bool = False) -> Pre
     described = shape_config(config)
     eager = dataclasses.replace(setting.train, execution="eager")
     on_host = dataclasses.replace(setting, train=eager, device=torch.device("cpu"))
-    trace = functools.partial(_traced, on_host, kind, config, kind_of(config, described))
+    model_kind = kind_of(config, described)
+    trace = functools.partial(_traced, on_host, kind, config, model_kind)
     depths = None if whole else shallow(described)
     found = None
     if depths is not None:
-        parameters = setting.methods[0].parameter_count(build_meta(config, setting.task.formulation))
+        parameters = setting.methods[0].parameter_count(_meta(canonical(as_dict(config)), setting.task.formulation))
         found = _continued(trace, depths, described.num_hidden_layers, parameters)
     if found is None:
         step = trace(None)
         found = step.timeline.levels, step.trial, step.numbers
     levels, trial, (adapter, total, checkpoint, trained, frozen, managed, flops) = found
+    if exact and depths is not None:
+        with _assembled(on_host, kind, config, model_kind, None) as (assembly, _):
+            checkpoint = assembly.adapter.checkpoint_bytes()
     memory = peak(levels)
     if kind == "cuda":
         memory["workspace"] += CUBLAS_WORKSPACE * CUBLAS_THREADS
@@ -156,6 +172,11 @@ def predict(setting: Setting, kind: str = "cuda", *, whole: bool = False) -> Pre
             "length": trial.length,
         },
     )
+
+
+@functools.lru_cache(maxsize=2)
+def _meta(config: str, formulation: str) -> nn.Module:
+    return build_meta(build(ModelConfig, json.loads(config), "model"), formulation)
 
 
 def shallow(described: Any) -> tuple[int, int] | None:
@@ -194,20 +215,29 @@ def _continued(
     return deepened(short.timeline, long.timeline, depths, depth), short.trial, numbers
 
 
-def _traced(setting: Setting, kind: str, config: ModelConfig, model_kind: str, depth: int | None) -> _Step:
-    """Trace one training step of `setting` on the first `depth` layers (None: all)."""
+@contextmanager
+def _assembled(
+    setting: Setting, kind: str, config: ModelConfig, model_kind: str, depth: int | None
+) -> Iterator[tuple[Assembly, list[Tensor]]]:
+    """Assemble `setting` on the shapes of the first `depth` layers (None: all); gives paged tensors to be, too."""
     model = build_meta(config, setting.task.formulation, depth)
     with shapes_alone(kind), _unpaged() as managed:
         fill(model, setting.base_dtype)
         text = tokenizer.build(model_kind)
         backbone = Backbone(model, text, model_kind, dataclasses.replace(config, kind=model_kind), "")
         with assembled(setting, backbone) as assembly:
-            trial = trial_on(assembly, cast(TokenTable, Rows(setting, model, model_kind)))
-            if assembly.adapter.trained or assembly.adapter.watches_steps:
-                # moments of the base's own parameters, and what a method does after a step, come with the first one
-                trial.step()
-            timeline = _recorded(trial, model, kind, managed)
-            return _Step(trial, timeline, sum(t.nbytes for t in managed))
+            yield assembly, managed
+
+
+def _traced(setting: Setting, kind: str, config: ModelConfig, model_kind: str, depth: int | None) -> _Step:
+    """Trace one training step of `setting` on the first `depth` layers (None: all)."""
+    with _assembled(setting, kind, config, model_kind, depth) as (assembly, managed):
+        model = assembly.backbone.model
+        trial = trial_on(assembly, cast(TokenTable, Rows(setting, model, model_kind)))
+        if assembly.adapter.trained or assembly.adapter.watches_steps:
+            # moments of the base's own parameters, and what a method does after a step, come with the first one
+            trial.step()
+        return _Step(trial, _recorded(trial, model, kind, managed), sum(t.nbytes for t in managed))
 
 
 class Rows:
