@@ -25,7 +25,8 @@ ALLOWED = {
     "tasks": BASE | {"registry"},
     "methods": BASE | {"kernels", "models", "registry"},
     "engine": BASE | {"kernels", "methods.base", "methods.sites", "methods.adapter", "models", "tasks.base"},
-    "profiling": BASE | {"engine", "methods.base", "methods.sites", "methods.adapter", "models", "tasks.base"},
+    "profiling": BASE
+    | {"kernels", "engine", "methods.base", "methods.sites", "methods.adapter", "models", "tasks.base"},
     "analysis": {"errors", "record"},
     "registry": BASE | {"plan"},  # imports the classes that a yaml names, but none by itself
 }
