@@ -90,7 +90,6 @@ class Shape:
         length, label_length: tokens and labels that rows are padded to.
         steps: steps made so far.
         replay: does a step on the rows in `index`; None: not captured.
-        gradient: where a replay leaves the step's clipped gradient, if the method looks at it.
     """
 
     index: Tensor
@@ -99,7 +98,6 @@ class Shape:
     label_length: int
     steps: int = 0
     replay: Work | None = None
-    gradient: Tensor | None = None
 
 
 class GraphSteps:
@@ -157,7 +155,6 @@ class GraphSteps:
             else:
                 shape.replay()
                 self.replayed += 1
-                self._optimizer.gradient = shape.gradient
             self._optimizer.step_count = done + 1  # a replay passes the host's own count by
             after_step(self._objective, self._optimizer)
         shape.steps += 1
@@ -186,9 +183,7 @@ class GraphSteps:
         optimizer, done, begin = self._optimizer, self._optimizer.step_count, time.perf_counter()
         try:
             with optimizer.capturable():
-                replay = self._recorder.record(lambda: self._step(shape))
-                shape.gradient = optimizer.gradient
-                return replay
+                return self._recorder.record(lambda: self._step(shape))
         except RuntimeError as error:
             self.failure = _first_line(error)
             asked, left = ("compiled_graphs", "compiled") if self._compiled else ("graphs", "eagerly")

@@ -120,9 +120,9 @@ class PackedAdamW:
         self.alive = torch.ones(self.runs, dtype=torch.bool, device=device)
         """Runs that have stayed finite so far [R]."""
         self.step_count = 0
-        self._keep = keep_gradients
-        self.gradient: Tensor | None = None
         self._flatten(recipes, device, ratios)
+        self._gradient = torch.zeros_like(self.flat) if keep_gradients else None
+        """The last step's clipped gradient, at one address for good: a replayed step writes where the first one did."""
         self._fused = base
         if self.plain and base is None:
             recipe = recipes[0]
@@ -185,7 +185,7 @@ class PackedAdamW:
     def state_tensors(self) -> list[Tensor]:
         """Return the tensors kept between steps."""
         state = [self.flat, *self._moments.tensors(), self._table, self._row]
-        state += [t for t in (self._ratios, self._decay) if t is not None]
+        state += [t for t in (self._ratios, self._decay, self._gradient) if t is not None]
         if self._fused is not None:
             state += [t for s in self._fused.state.values() for t in s.values() if isinstance(t, Tensor)]
         return state
@@ -237,11 +237,11 @@ class PackedAdamW:
 
     def end(self) -> StepEnd:
         """Return what a method sees of the step just made; needs `keep_gradients`."""
-        assert self.gradient is not None, "gradients were not kept"
+        assert self._gradient is not None, "gradients were not kept"
         return StepEnd(
             self.step_count,
             len(self.rates),
-            lambda p: self._part(self.gradient, p),
+            lambda p: self._part(self._gradient, p),
             self._moments_of,
             self._set_moments,
             self.alive,
@@ -274,8 +274,8 @@ class PackedAdamW:
         rates, first, second = now[: self.runs].unsqueeze(-1), now[-2], now[-1]
         dead = self.alive.logical_not().unsqueeze(-1)
         grad.mul_(shrink).masked_fill_(dead, 0.0)
-        if self._keep:
-            self.gradient = grad
+        if self._gradient is not None:
+            self._gradient.copy_(grad)
         # In place, and by chunks: what a step needs beside the gradient is two copies of a chunk.
         for columns in self._moments.chunks():
             g, flat = grad[:, columns], self.flat[:, columns]
