@@ -44,6 +44,7 @@ def parser() -> Parser:
         if name in ("sweep", "run"):
             one.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides, see above")
             one.add_argument("--quiet", action="store_true", help="print only what went wrong and the report's path")
+            one.add_argument("--force", action="store_true", help="start even what will not fit into memory")
         if name in ("profile", "estimate"):
             one.add_argument("overrides", nargs="*", metavar="key=value", help="the keys of run")
         if name in ("methods", "models", "tasks", "profile", "estimate"):
@@ -84,7 +85,7 @@ def dispatch(arguments: Sequence[str]) -> int:
     if given.command in ("sweep", "run"):
         os.environ[COMMAND] = shlex.join(["python", "-m", "peftbench", *arguments])
         work = sweep.sweep if given.command == "sweep" else sweep.run
-        return work([*given.overrides, *rest], given.quiet)
+        return work([*given.overrides, *rest], given.quiet, given.force)
     if given.command == "report":
         return report.report(given.folder, given.consolidate, given.slim)
     if given.command == "profile":

@@ -75,6 +75,20 @@ def pick_device(device: str) -> str:
     return ("cuda" if present else "cpu") if device == "auto" else device
 
 
+def memory(device: str) -> tuple[int, int] | None:
+    """Return the bytes of a device that are free, and all it has; of a CPU what is available, twice. None: unknown."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    available = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return None if available is None else (available, available)
+
+
 COMMAND = "PEFTBENCH_COMMAND"
 """Environment variable that carries the command line to the processes of a launcher."""
 

@@ -23,6 +23,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
 
 from peftbench import registry
 from peftbench.assembly import Assembly, Setting, assembled
@@ -110,9 +115,15 @@ class _Step:
 
 def setting_of(spec: RunSpec, task: Any, runs: int = 1) -> Setting:
     """Return what `predict` takes for `runs` runs of `spec` side by side; of `task` only shapes are asked."""
-    specs = [dataclasses.replace(spec, seed=spec.seed + run) for run in range(runs)]
-    methods = [cast(Method, registry.build_method(spec.method)) for _ in specs]
-    return Setting(specs, task, build(TrainConfig, spec.train, "train"), methods, torch.device("cpu"))
+    method = cast(Method, registry.build_method(spec.method))
+    train = build(TrainConfig, spec.train, "train")
+    return with_runs(Setting([spec], task, train, [method], torch.device("cpu")), runs)
+
+
+def with_runs(setting: Setting, runs: int) -> Setting:
+    """Return the setting for `runs` runs like its first, each with a seed of its own."""
+    specs = [dataclasses.replace(setting.specs[0], seed=run) for run in range(runs)]
+    return dataclasses.replace(setting, specs=specs, methods=[setting.methods[0]] * runs)
 
 
 def with_batch(setting: Setting, rows: int) -> Setting:
@@ -127,8 +138,16 @@ def predict(setting: Setting, kind: str = "cuda", *, whole: bool = False, exact:
     checkpoint's size may be some hundred bytes off: its header holds the layers' numbers as text.
 
     Raises:
-        UserError: the method does not fit the model.
+        UserError: the method does not fit the model, or computes what cannot be without data.
     """
+    try:
+        return _predicted(setting, kind, whole, exact)
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
+        name = type(setting.methods[0]).__name__
+        raise UserError(f"{name}: cannot be predicted from shapes alone ({type(error).__name__}: {error})") from error
+
+
+def _predicted(setting: Setting, kind: str, whole: bool, exact: bool) -> Prediction:
     config = build(ModelConfig, setting.specs[0].model, "model")
     described = shape_config(config)
     eager = dataclasses.replace(setting.train, execution="eager")

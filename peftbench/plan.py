@@ -117,20 +117,23 @@ def pack_key(spec: RunSpec, free: Iterable[str]) -> str:
 
 
 def packs(
-    specs: Sequence[RunSpec], sharing: Callable[[RunSpec], tuple[bool, frozenset[str]]], size: int
+    specs: Sequence[RunSpec],
+    sharing: Callable[[RunSpec], tuple[bool, frozenset[str]]],
+    size: int | Callable[[Sequence[RunSpec]], int],
 ) -> list[list[RunSpec]]:
-    """Group runs that can share a base into packs of at most `size`, of even sizes, in order of first appearance.
+    """Group runs that can share a base into packs of even sizes, in order of first appearance.
 
-    `sharing` tells of a run whether its method can be packed at all, and which of its settings may differ in a pack.
+    Args:
+        sharing: tells of a run whether its method can be packed at all, and which of its settings may differ in a pack.
+        size: how many go into one pack at most, or what tells that of runs that can share a base.
     """
-    assert size >= 1
     groups: dict[str, list[RunSpec]] = {}
     for spec in specs:
         packable, free = sharing(spec)
         groups.setdefault(pack_key(spec, free) if packable else spec.run_id, []).append(spec)
     found: list[list[RunSpec]] = []
     for members in groups.values():
-        count = math.ceil(len(members) / size)
+        count = math.ceil(len(members) / (size(members) if callable(size) else size))
         bounds = [len(members) * i // count for i in range(count + 1)]
         found += [members[low:high] for low, high in itertools.pairwise(bounds)]
     return found

@@ -1,7 +1,7 @@
 """From points to RunSpecs: every section built and checked once, before anything starts."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,11 +137,16 @@ class Resolver:
         found = task.splits(protocol)
         return all(found[split] for split in ("train", "validation", "test"))
 
-    def _check(self, config: ModelConfig, method: Any, formulation: str, key: tuple[Any, ...]) -> bool:
-        from peftbench.methods.adapter import check_base
+    def shapes(self, config: ModelConfig, formulation: str) -> Any:
+        """Return the model on the meta device."""
         from peftbench.models.load import build_meta
 
-        meta = self._once(("meta", canonical(as_dict(config)), formulation), lambda: build_meta(config, formulation))
+        return self._once(("meta", canonical(as_dict(config)), formulation), lambda: build_meta(config, formulation))
+
+    def _check(self, config: ModelConfig, method: Any, formulation: str, key: tuple[Any, ...]) -> bool:
+        from peftbench.methods.adapter import check_base
+
+        meta = self.shapes(config, formulation)
         try:
             check_base(method, meta)
             method.check(meta)
@@ -151,12 +156,11 @@ class Resolver:
 
     def _check_length(self, config: ModelConfig, method: Any, formulation: str, tokens: int) -> bool:
         """Raise UserError if virtual tokens and the longest text together exceed the model's table of positions."""
-        from peftbench.models.load import build_meta
         from peftbench.models.roles import EmbeddingSite
 
         if "embedding" not in method.traits.sites:
             return True
-        meta = self._once(("meta", canonical(as_dict(config)), formulation), lambda: build_meta(config, formulation))
+        meta = self.shapes(config, formulation)
         for site in method.sites(meta):
             if isinstance(site, EmbeddingSite) and site.max_positions is not None:
                 room = site.max_positions - method.settings()["length"]
@@ -394,10 +398,20 @@ class Plan:
     resolver: Resolver
     lines: list[str]
 
-    def packs(self, wanted: Sequence[RunSpec], size: str | int) -> list[list[RunSpec]]:
-        """Group `wanted` runs into packs of at most `size`, or as many as suits the device for "auto"."""
-        limit = AUTO_PACK[self.resolver.device] if size == "auto" else int(size)
-        return packs(wanted, self.resolver.sharing, limit)
+    def packs(
+        self,
+        wanted: Sequence[RunSpec],
+        size: str | int,
+        fitting: Callable[[Sequence[RunSpec], int], int] = lambda members, most: most,
+    ) -> list[list[RunSpec]]:
+        """Group `wanted` runs into packs of at most `size`.
+
+        For "auto" as many as suits the device; `fitting` says how many of some runs, up to a number, fit into memory.
+        """
+        if size == "auto":
+            most = AUTO_PACK[self.resolver.device]
+            return packs(wanted, self.resolver.sharing, lambda members: fitting(members, min(most, len(members))))
+        return packs(wanted, self.resolver.sharing, int(size))
 
 
 def plan(request: Demand, device: str) -> Plan:

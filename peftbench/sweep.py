@@ -3,12 +3,12 @@
 import dataclasses
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftbench import overrides
+from peftbench import environment, overrides
 from peftbench.config import SweepConfig, SweepName, build
 from peftbench.errors import UserError
 from peftbench.job import Pack
@@ -72,10 +72,22 @@ def sweep_folder(config: SweepConfig) -> Path:
     return Path(config.results).expanduser().absolute() / config.sweep.name
 
 
-def prepare(arguments: Sequence[str], single: bool = False) -> Prepared:
+Memory = Callable[[str], tuple[int, int] | None]
+"""Bytes of a device that are free, and all it has; None where nobody knows."""
+
+
+def prepare(
+    arguments: Sequence[str], single: bool = False, force: bool = False, memory: Memory = environment.memory
+) -> Prepared:
     """Plan a sweep: resolve and check every run, find out which are done, pack the rest, make the folder.
 
-    `single` takes exactly one run and no experiment by default. Raises UserError before anything is written.
+    Args:
+        single: take exactly one run, and no experiment by default.
+        force: start even what will not fit into memory.
+        memory: of the device that will train.
+
+    Raises:
+        UserError: something keeps a run from starting; nothing has been written yet.
     """
     parsed, config = configure(arguments)
     name = config.experiment
@@ -86,11 +98,9 @@ def prepare(arguments: Sequence[str], single: bool = False) -> Prepared:
         raise UserError(f"run takes exactly one run, this makes {len(planned.specs)}; use sweep")
     store = Store(sweep_folder(config), config.retry_failed)
     wanted = [spec for spec in planned.specs if not store.has(spec.run_id)]
-    jobs = [
-        Pack(pack, str(store.folder), config.retry_failed, config.save_adapters)
-        for pack in planned.packs(wanted, config.pack)
-    ]
-    lines = list(planned.lines)
+    groups, lines = _packed(planned, wanted, config.pack, force, memory)
+    jobs = [Pack(pack, str(store.folder), config.retry_failed, config.save_adapters) for pack in groups]
+    lines = [*planned.lines, *lines]
     if config.save_adapters:
         lines += _without_adapter(store, planned.specs)
     done = len(planned.specs) - len(wanted)
@@ -102,6 +112,22 @@ def prepare(arguments: Sequence[str], single: bool = False) -> Prepared:
         _check_space(store.folder, len(wanted))
         store.prepare()
     return Prepared(store, planned, jobs, lines)
+
+
+def _packed(
+    planned: Plan, wanted: Sequence[RunSpec], size: str | int, force: bool, memory: Memory
+) -> tuple[list[list[RunSpec]], list[str]]:
+    """Return packs that fit into memory, and lines about them; raises UserError if a run alone does not fit."""
+    device = planned.resolver.device
+    known = memory(device) if wanted else None
+    if known is None:
+        return planned.packs(wanted, size), []
+    from peftbench.capacity import Fit
+
+    fit = Fit(device, *known, planned.resolver.shapes)
+    if not force:
+        fit.check(wanted)
+    return planned.packs(wanted, size, fit.pack_size), fit.lines
 
 
 def _without_adapter(store: Store, specs: Sequence[RunSpec]) -> list[str]:

@@ -14,10 +14,11 @@ from omegaconf import DictConfig
 
 @dataclass
 class PeftbenchSweeperConf:
-    """`quiet` shows no progress."""
+    """`quiet` shows no progress; `force` starts even what will not fit into memory."""
 
     _target_: str = "hydra_plugins.peftbench_sweeper.sweeper.PeftbenchSweeper"
     quiet: bool = False
+    force: bool = False
 
 
 ConfigStore.instance().store(
@@ -32,9 +33,9 @@ LOCAL_LAUNCHERS = ("BasicLauncher", "JoblibLauncher")
 class PeftbenchSweeper(Sweeper):
     """Expands the grid with methods' own settings, leaves out what the store holds, and packs the rest."""
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False, force: bool = False) -> None:
         super().__init__()
-        self.quiet = quiet
+        self.quiet, self.force = quiet, force
         self.launcher: Launcher | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -49,11 +50,14 @@ class PeftbenchSweeper(Sweeper):
 
         Raises UserError, before anything is written, for whatever keeps a run from starting.
         """
-        from peftbench import progress, sweep
+        from peftbench import environment, progress, sweep
 
         launcher = self.launcher
         assert launcher is not None
-        prepared = sweep.prepare(arguments)
+        local = type(launcher).__name__ in LOCAL_LAUNCHERS
+        # nobody knows the memory of machines that jobs are sent to
+        memory = environment.memory if local else lambda device: None
+        prepared = sweep.prepare(arguments, force=self.force, memory=memory)
         for line in prepared.lines:
             if not self.quiet:
                 sweep.say(line)
@@ -61,7 +65,7 @@ class PeftbenchSweeper(Sweeper):
             return prepared.outcome([])
         runs = sum(len(pack.specs) for pack in prepared.jobs)
         with progress.display(len(prepared.jobs), runs, self.quiet) as listener:
-            if type(launcher).__name__ in LOCAL_LAUNCHERS:
+            if local:
                 sweep.measure_costs(prepared, listener)
             returns = launcher.launch([[f"members='{pack.encode()}'"] for pack in prepared.jobs], initial_job_idx=0)
         # JobReturn.return_value would print its own report of a failed job, override and all.

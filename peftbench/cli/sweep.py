@@ -37,6 +37,7 @@ settings:  method.rank= method.alpha= ...  train.steps= train.epochs= train.batc
 the sweep: experiment=  results=<folder>  sweep.name=<name>  pack=auto|<n>  device=auto|cpu|cuda
            retry_failed=true  save_adapters=true
 
+A run whose predicted memory exceeds the device's is refused before anything starts, unless with --force.
 Records go to <results>/<sweep.name>/runs/<run_id>.json. Interrupt at any time; the same command resumes.
 exit code: 0 all runs completed, 1 some failed, 2 bad input, 130 interrupted"""
 
@@ -71,7 +72,7 @@ def _hydra_error(error: BaseException, arguments: Sequence[str]) -> UserError:
     return UserError(_one_line(error))
 
 
-def multirun(arguments: Sequence[str], quiet: bool) -> Outcome:
+def multirun(arguments: Sequence[str], quiet: bool, force: bool = False) -> Outcome:
     """Hand the command line to Hydra's multirun with our sweeper; raises UserError for a bad configuration."""
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -81,7 +82,8 @@ def multirun(arguments: Sequence[str], quiet: bool) -> Outcome:
 
     parsed, config = configure(arguments)
     folder = str(sweep_folder(config)).replace("\\", "\\\\").replace("'", "\\'")
-    hydra = [f"hydra.sweep.dir='{folder}'", f"hydra.sweeper.quiet={str(quiet).lower()}", *parsed.hydra]
+    options = [f"hydra.sweeper.{name}={str(on).lower()}" for name, on in (("quiet", quiet), ("force", force))]
+    hydra = [f"hydra.sweep.dir='{folder}'", *options, *parsed.hydra]
     try:
         with composer():
             app = GlobalHydra.instance().hydra
@@ -176,14 +178,14 @@ def report_lines(paths: Sequence[Path]) -> list[str]:
     return lines + [f"Pareto plot: {path}" for path in pareto]
 
 
-def sweep(arguments: Sequence[str], quiet: bool = False) -> int:
+def sweep(arguments: Sequence[str], quiet: bool = False, force: bool = False) -> int:
     """Run a sweep; returns the exit code."""
     _, config = configure(arguments)
-    outcome = _interruptible(lambda: multirun(arguments, quiet), lambda: sweep_folder(config))
+    outcome = _interruptible(lambda: multirun(arguments, quiet, force), lambda: sweep_folder(config))
     return 130 if outcome is None else _finish(outcome, quiet, report=True)
 
 
-def run(arguments: Sequence[str], quiet: bool = False) -> int:
+def run(arguments: Sequence[str], quiet: bool = False, force: bool = False) -> int:
     """Run exactly one run; returns the exit code. Raises UserError for a list of values."""
     parsed, config = configure(arguments)
     if parsed.swept:
@@ -192,7 +194,7 @@ def run(arguments: Sequence[str], quiet: bool = False) -> int:
         raise UserError(f"{parsed.hydra[0]}: run uses no launcher; use sweep")
 
     def work() -> Outcome:
-        prepared = prepare(arguments, single=True)
+        prepared = prepare(arguments, single=True, force=force)
         if not quiet:
             for line in prepared.lines:
                 say(line)
