@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peftbench.kernels.backend import shapes_only, use_triton
+from peftbench.kernels.backend import kernel_shapes, use_triton
 from peftbench.kernels.blockwise import dequantize_4bit, dequantize_8bit, dynamic_map
 
 
@@ -40,7 +40,7 @@ def dequantize(
     """
     if torch.compiler.is_compiling():
         return _compiled(codes, absmax, scale, offset, kind, shape, dtype, after)
-    if shapes_only(codes):
+    if kernel_shapes(codes):
         return torch.empty(shape, dtype=dtype, device=codes.device)
     if use_triton(codes):
         from peftbench.kernels import nf4_triton

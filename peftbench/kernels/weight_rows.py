@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftbench.kernels.backend import interpreted, shapes_only, use_triton
+from peftbench.kernels.backend import interpreted, kernel_shapes, use_triton
 
 ROWS, COLUMNS = 16, 128
 """Elements of the weight that a program holds at a time."""
@@ -89,7 +89,7 @@ def norm_change(weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
     weight, a, b = weight.detach(), a.detach(), b.detach()
     if torch.compiler.is_compiling():
         return _norm_change_op(weight, a, b)
-    if shapes_only(weight):
+    if kernel_shapes(weight):
         return b.new_empty((a.shape[0], weight.shape[0]))
     if not use_triton(weight) or weight.dtype == torch.float64:
         return norm_change_reference(weight, a, b)
