@@ -1,6 +1,6 @@
-"""Column sums of an elementwise product, out = Σ_n x_n ⊙ (y_n − c), never written out as a product.
+"""Column sums of an elementwise product, out = Σ_n x_n ⊙ (y_n − c), and uᵀ x beside it, reading x once for both.
 
-The Triton kernel sums blocks of rows into [splits, R, D] in fp32, which are added up: two launches, and the same bits
+The Triton kernels sum blocks of rows into [splits, R, D] in fp32, which are added up: two launches, and the same bits
 every time. It is bound by reading x and y.
 """
 
@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftbench.kernels.backend import use_triton
+from peftbench.kernels.backend import interpreted, kernel_shapes, use_triton
 
 ROWS, COLUMNS = 32, 128
 """Elements a program holds at a time."""
+SMALLEST = 16
+"""Least inner width of a matrix product in Triton."""
 PROGRAMS = 1024
 """About how many programs share the work."""
 
@@ -64,6 +66,8 @@ def _kernel() -> Any:
 
 def column_dot(x: Tensor, y: Tensor, offset: Tensor | None = None) -> Tensor:
     """Return Σ over rows of x ⊙ (y − offset), [R, D] in fp32, for x and y [R, N, D] and offset [D] (None: 0)."""
+    if kernel_shapes(x):
+        return x.new_empty((x.shape[0], x.shape[2]), dtype=torch.float32)
     if not use_triton(x):
         return reference(x, y, offset)
     import triton
@@ -81,3 +85,79 @@ def column_dot(x: Tensor, y: Tensor, offset: Tensor | None = None) -> Tensor:
             x, y, shift, out, n, d, span, shifted=offset is not None, rows=ROWS, columns=COLUMNS
         )
     return out.sum(dim=0)
+
+
+@functools.cache
+def _both_kernel() -> Any:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(  # type: ignore[no-untyped-def]
+        u_ptr, x_ptr, y_ptr, c_ptr, out_ptr, n, d, r, u_run, u_row, span, shifted: tl.constexpr, exact: tl.constexpr,
+        rank: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+    ):  # fmt: skip
+        run = tl.program_id(2).to(tl.int64)
+        split = tl.program_id(1)
+        column = tl.program_id(0) * columns + tl.arange(0, columns)
+        inside = column < d
+        inner = tl.arange(0, rank)
+        shift = tl.zeros((columns,), dtype=tl.float32)
+        if shifted:
+            shift = tl.load(c_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        total = tl.zeros((columns,), dtype=tl.float32)
+        product = tl.zeros((rank, columns), dtype=tl.float32)
+        stop = tl.minimum((split + 1) * span, n)
+        for start in range(split * span, stop, rows):
+            row = start + tl.arange(0, rows)
+            place = (run * n + row[:, None]) * d + column[None, :]
+            valid = (row < stop)[:, None] & inside[None, :]
+            x = tl.load(x_ptr + place, mask=valid, other=0.0)
+            y = tl.load(y_ptr + place, mask=valid, other=0.0).to(tl.float32)
+            u_valid = (inner < r)[:, None] & (row < stop)[None, :]
+            u = tl.load(u_ptr + run * u_run + row[None, :] * u_row + inner[:, None], mask=u_valid, other=0.0)
+            total += tl.sum(x.to(tl.float32) * (y - shift[None, :]), axis=0)
+            if exact:
+                product += tl.dot(u.to(tl.float32), x.to(tl.float32), input_precision="ieee")
+            else:
+                product += tl.dot(u, x)
+        first = (split.to(tl.int64) * tl.num_programs(2) + run) * (r + 1)
+        tl.store(out_ptr + first * d + column, total, mask=inside)
+        places = out_ptr + (first + 1 + inner[:, None]) * d + column[None, :]
+        tl.store(places, product, mask=(inner < r)[:, None] & inside[None, :])
+
+    return kernel
+
+
+def product_and_dot(u: Tensor, x: Tensor, y: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return uᵀ x [R, r, D] in the dtype of x, and Σ over rows of x ⊙ (y − offset), [R, D] in fp32.
+
+    Args:
+        u: [R, N, r], rows contiguous.
+        x, y: [R, N, D].
+        offset: [D], or None for 0.
+    """
+    if kernel_shapes(x):
+        whole = x.new_empty((x.shape[0], u.shape[2] + 1, x.shape[2]), dtype=torch.float32)
+        return whole[:, 1:].to(x.dtype), whole[:, 0]
+    if not use_triton(x) or x.dtype == torch.float64 or u.stride(2) != 1 or u.dtype != x.dtype:
+        return torch.bmm(u.transpose(1, 2), x), column_dot(x, y, offset)
+    import triton
+
+    x, y = x.contiguous(), y.contiguous()
+    (runs, n, d), r = x.shape, u.shape[2]
+    blocks = triton.cdiv(d, COLUMNS)
+    splits = max(1, min(triton.cdiv(n, ROWS), PROGRAMS // (blocks * runs)))
+    span = triton.cdiv(triton.cdiv(n, splits), ROWS) * ROWS
+    splits = triton.cdiv(n, span)
+    out = torch.empty((splits, runs, r + 1, d), dtype=torch.float32, device=x.device)
+    exact = x.dtype == torch.float32 or interpreted()
+    rank = max(SMALLEST, triton.next_power_of_2(r))
+    shift = x if offset is None else offset.contiguous()
+    with torch.cuda.device_of(x):
+        _both_kernel()[(blocks, splits, runs)](
+            u, x, y, shift, out, n, d, r, u.stride(0), u.stride(1), span,
+            shifted=offset is not None, exact=exact, rank=rank, rows=ROWS, columns=COLUMNS,
+        )  # fmt: skip
+    whole = out.sum(dim=0)
+    return whole[:, 1:].to(x.dtype), whole[:, 0]

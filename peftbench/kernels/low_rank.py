@@ -10,8 +10,10 @@ computes, an addition afterwards would be a pass of its own over [N, D_out]; the
 The input is saved once for all maps (not at all where no a_i trains), the outputs only where a gain needs them, and
 the frozen weights never: a weight kept in 4 bits is made again for the backward pass.
 
-A gain (DoRA's magnitude over norm) scales rows of the weight and columns of b instead of [N, D_out], for one run; its
-gradient is Σ_n ∂y ⊙ (y − bias) / g. Where nobody else keeps y, `keep=False` makes it again.
+A gain (DoRA's magnitude over norm) is folded into rows of the weight and columns of b, for one run: they are smaller
+than the output. For several runs it scales the output, and so it does when compiled, where a compiler puts that into
+what reads the output anyway. Its gradient is Σ_n ∂y ⊙ (y − bias) / g. Where nobody else keeps y, `keep=False` makes it
+again.
 
 Shapes: runs R, rows N a run, x [R, N, D_in], a_i [R, D_in, r], b_i [R, r, D_out], W_i [D_out, D_in],
 d_i [R, r], g_i [R, D_out].
@@ -28,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftbench.kernels.column_dot import column_dot
+from peftbench.kernels.column_dot import column_dot, product_and_dot
 from peftbench.kernels.weight_rows import scaled_rows
 
 DENSE, TRANSPOSED = "dense", "transposed"
@@ -125,18 +127,24 @@ class _LowRankLinear(torch.autograd.Function):
         parts, kinds, keeps = _flat(frozen)
         biases = [f.bias for f in frozen]
         late = 1.0 if scale is None or alpha is None else alpha
+        folded = bool(gains) and x.shape[0] == 1 and not torch.compiler.is_compiling()
+        outside = bool(gains) and not folded
+        into = (x, a, b, parts)
+        how: Any = ([None] * n if outside else biases, inner, gains if folded else [], late)
         if torch.compiler.is_compiling():
-            u, *outputs = _forward_op(x, a, b, parts, ";".join(kinds), biases, inner, gains, late)
+            u, *outputs = _forward_op(*into, ";".join(kinds), *how)
         else:
-            u, *outputs = _forward(x, a, b, parts, kinds, biases, inner, gains, late)
+            u, *outputs = _forward(*into, kinds, *how)
         kept = [y for y, keep in zip(outputs, keeps, strict=True) if keep] if gains else []
+        if outside:
+            outputs = [_gained(y, g, bias) for y, g, bias in zip(outputs, gains, biases, strict=True)]
         again = bool(gains) and not all(keeps)
         trains = any(ctx.needs_input_grad[5 : 5 + n])
         ctx.save_for_backward(x if trains or again else None, scale, a, u, inner, *b, *gains, *kept)
         ctx.frozen, ctx.alpha, ctx.late = frozen, alpha, late
         ctx.ranks = [t.shape[2] for t in cast[:n]]
         ctx.dtypes = [t.dtype for t in factors]
-        ctx.has_gains = bool(gains)
+        ctx.has_gains, ctx.folded = bool(gains), folded
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -154,16 +162,15 @@ class _LowRankLinear(torch.autograd.Function):
         ]
         needs_x = ctx.needs_input_grad[0]
         needs_a = any(ctx.needs_input_grad[5 : 5 + n])
-        biases = [f.bias for f in frozen]
-        late = ctx.late
+        if gains and not ctx.folded:
+            given = [_columns(g, gain) for g, gain in zip(given, gains, strict=True)]
+        biases = [f.bias if ctx.folded else None for f in frozen]
+        saved = (x, a, u, b, parts)
+        how: Any = (biases, inner, gains, kept, keeps, given, needs_x, needs_a, ctx.late, ctx.folded)
         if torch.compiler.is_compiling():
-            dx, da, dinner, *others = _backward_op(
-                x, a, u, b, parts, ";".join(kinds), biases, inner, gains, kept, keeps, given, needs_x, needs_a, late
-            )
+            dx, da, dinner, *others = _backward_op(*saved, ";".join(kinds), *how)
         else:
-            dx, da, dinner, others = _backward(
-                x, a, u, b, parts, kinds, biases, inner, gains, kept, keeps, given, needs_x, needs_a, late
-            )
+            dx, da, dinner, others = _backward(*saved, kinds, *how)
         db, dg = others[:n], others[n:]
         das: list[Tensor | None] = [None] * n
         if needs_a:
@@ -210,41 +217,37 @@ def _weights(parts: list[Tensor], kinds: list[str]) -> list[tuple[list[Tensor], 
     return found
 
 
-def _scaled(weight: Tensor, gains: list[Tensor], i: int) -> Tensor:
-    """Return diag(g_i) W_i for one run, rounded once from fp32."""
-    if not gains or gains[i].shape[0] > 1:
-        return weight
-    return scaled_rows(weight, gains[i][0])
-
-
 def _columns(b: Tensor, gain: Tensor | None) -> Tensor:
-    """Return b diag(g), b [R, any, D_out], rounded once from fp32."""
-    return b if gain is None else torch.mul(b, gain.unsqueeze(1), out=torch.empty_like(b))
+    """Return b diag(g), b [R, any, D_out], each element rounded once."""
+    return b if gain is None else (b * gain.unsqueeze(1)).to(b.dtype)
 
 
-def _product(
-    x: Tensor, u: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None, alpha: float
-) -> Tensor:
-    """Return one map's output; `weight` carries the gain already where there is one run."""
+def _gained(z: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    y = z * gain.unsqueeze(1)
+    return (y if bias is None else y + bias).to(z.dtype)
+
+
+def _product(x: Tensor, u: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
+    """Return one map's output [R, N, D_out]."""
     runs, rows, width = x.shape
-    late = gain is not None and runs > 1
     if runs == 1:
-        b = _columns(b, gain)
         if bias is None:
             return torch.mm(u[0], b[0]).addmm_(x[0], weight.t(), beta=alpha).unsqueeze(0)
         return torch.addmm(bias.to(x.dtype), u[0], b[0], alpha=alpha).addmm_(x[0], weight.t()).unsqueeze(0)
     flat = x.reshape(runs * rows, width)
-    if bias is None or late:
+    if bias is None:
         y = torch.bmm(u, b)
         y.view(runs * rows, -1).addmm_(flat, weight.t(), beta=alpha)
     else:
         y = torch.baddbmm(bias.to(x.dtype).expand(runs, 1, -1), u, b, alpha=alpha)
         y.view(runs * rows, -1).addmm_(flat, weight.t())
-    if late:
-        assert gain is not None
-        y.mul_(gain.unsqueeze(1))
-        y = y if bias is None else y.add_(bias.to(y.dtype))
     return y
+
+
+def _folded(parts: list[Tensor], kind: str, dtype: torch.dtype, gain: Tensor | None) -> Tensor:
+    """Return diag(g) W for one run."""
+    weight = weight_of(parts, kind, dtype)
+    return weight if gain is None else scaled_rows(weight, gain[0])
 
 
 def _split(u: Tensor, inner: Tensor | None, b: list[Tensor]) -> list[Tensor]:
@@ -273,8 +276,9 @@ def _forward(
     parts_of_u = _split(u, inner, b)
     outputs = []
     for i, (tensors, kind) in enumerate(_weights(parts, kinds)):
-        weight = _scaled(weight_of(tensors, kind, x.dtype), gains, i)
-        outputs.append(_product(x, parts_of_u[i], b[i], weight, biases[i], gains[i] if gains else None, alpha))
+        gain = gains[i] if gains else None
+        weight = _folded(tensors, kind, x.dtype, gain)
+        outputs.append(_product(x, parts_of_u[i], _columns(b[i], gain), weight, biases[i], alpha))
     return [u, *outputs]
 
 
@@ -294,10 +298,12 @@ def _backward(
     needs_x: bool,
     needs_a: bool,
     alpha: float,
+    folded: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor]]:
     """Return ∂x, ∂(joined a), ∂(joined inner), each None unless needed; all ∂b, and ∂g if there are gains.
 
-    The gradients of a and b lack the factor `alpha`.
+    The gradients of a and b lack the factor `alpha`. Where gains are not `folded` into weights, `gradients` hold them
+    already and `kept` lacks them: either way Σ_n gradient ⊙ kept is g ∂g.
     """
     runs, rows = u.shape[:2]
     one = runs == 1
@@ -308,35 +314,32 @@ def _backward(
     db: list[Tensor] = []
     dg: list[Tensor] = []
     outputs = iter(kept)
-    for i, given in enumerate(gradients):
+    for i, dz in enumerate(gradients):
         gain = gains[i] if gains else None
-        if gain is not None:
+        fold = gain if folded else None
+        factor = _columns(b[i], fold)
+        if gain is None:
+            change = torch.mm(v[i][0].t(), dz[0]).unsqueeze(0) if one else torch.bmm(v[i].transpose(1, 2), dz)
+        else:
             if keeps[i]:
                 y = next(outputs)
             else:
                 assert x is not None
-                weight = _scaled(weight_of(*weights[i], u.dtype), gains, i)
-                y = _product(x, v[i], b[i], weight, biases[i], gain, alpha)
-                del weight
-            total = column_dot(given, y, biases[i])
+                y = _product(x, v[i], factor, _folded(*weights[i], u.dtype, fold), biases[i], alpha)
+            change, total = product_and_dot(v[i], dz, y, biases[i])
+            del y
             tiny = torch.finfo(torch.float32).tiny
             dg.append(total / torch.where(gain.abs() < tiny, tiny, gain))
-            del y
-        factor = _columns(b[i], gain if one else None)
-        dz = given if one else _columns(given, gain)
+        db.append(_columns(change, fold))
         if one:
             if du is None:
                 du = torch.mm(dz[0], factor[0].t()).unsqueeze(0)
             else:
                 torch.mm(dz[0], factor[0].t(), out=places[i][0])
-            change = torch.mm(v[i][0].t(), dz[0]).unsqueeze(0)
-            db.append(_columns(change, gain))
+        elif du is None:
+            du = torch.bmm(dz, factor.transpose(1, 2))
         else:
-            if du is None:
-                du = torch.bmm(dz, factor.transpose(1, 2))
-            else:
-                places[i].copy_(torch.bmm(dz, factor.transpose(1, 2)))
-            db.append(torch.bmm(v[i].transpose(1, 2), dz))
+            places[i].copy_(torch.bmm(dz, factor.transpose(1, 2)))
     assert du is not None
     dinner = None
     if inner is not None:
@@ -346,9 +349,8 @@ def _backward(
     if needs_x:
         dx = _small(du, a.transpose(1, 2))
         flat = dx.view(runs * rows, -1)
-        for i, given in enumerate(gradients):
-            weight = _scaled(weight_of(*weights[i], u.dtype), gains, i)
-            dz = given if one or not gains else _columns(given, gains[i])
+        for i, dz in enumerate(gradients):
+            weight = _folded(*weights[i], u.dtype, gains[i] if gains and folded else None)
             flat.addmm_(dz.view(runs * rows, -1), weight, beta=alpha if i == 0 else 1.0)
     da = None
     if needs_a:
@@ -398,16 +400,16 @@ def _backward_op(
     needs_x: bool,
     needs_a: bool,
     alpha: float,
+    folded: bool,
 ) -> list[Tensor]:
-    dx, da, dinner, others = _backward(
-        x, a, u, b, parts, kinds.split(";"), biases, inner, gains, kept, keeps, gradients, needs_x, needs_a, alpha
-    )
+    saved = (x, a, u, b, parts, kinds.split(";"), biases, inner, gains, kept, keeps)
+    dx, da, dinner, others = _backward(*saved, gradients, needs_x, needs_a, alpha, folded)
     # An operation returns no None
     return [*(u.new_empty(0) if t is None else t for t in (dx, da, dinner)), *others]
 
 
 @_backward_op.register_fake
-def _(x, a, u, b, parts, kinds, biases, inner, gains, kept, keeps, gradients, needs_x, needs_a, alpha):  # type: ignore[no-untyped-def]
+def _(x, a, u, b, parts, kinds, biases, inner, gains, kept, keeps, gradients, needs_x, needs_a, alpha, folded):  # type: ignore[no-untyped-def]
     runs, rows = u.shape[:2]
     dx = u.new_empty((runs, rows, a.shape[1]) if needs_x else 0)
     da = u.new_empty(a.shape if needs_a else 0)
