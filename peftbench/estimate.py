@@ -149,6 +149,9 @@ def predict(setting: Setting, kind: str = "cuda", *, whole: bool = False, exact:
 
 def _predicted(setting: Setting, kind: str, whole: bool, exact: bool) -> Prediction:
     config = build(ModelConfig, setting.specs[0].model, "model")
+    if config.quantization is not None:
+        # bitsandbytes takes what our own kernels take, and need not be installed
+        config = dataclasses.replace(config, quantization=config.quantization.removesuffix("-bnb"))
     described = shape_config(config)
     eager = dataclasses.replace(setting.train, execution="eager")
     on_host = dataclasses.replace(setting, train=eager, device=torch.device("cpu"))
