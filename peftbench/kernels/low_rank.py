@@ -101,7 +101,7 @@ def low_rank_linear(
         alpha: the value of `scale` on the host, where all runs have the same: the products then scale by themselves.
     """
     assert all(len(given) in (0, len(frozen)) for given in (inner, gains)), "for every map or for none"
-    out: tuple[Tensor, ...] = _LowRankLinear.apply(x, tuple(frozen), scale, alpha, bool(inner), *a, *b, *inner, *gains)
+    out: tuple[Tensor, ...] = _LowRankLinear.apply(x, tuple(frozen), scale, alpha, len(inner) > 0, *a, *b, *inner, *gains)
     return out
 
 
@@ -127,8 +127,8 @@ class _LowRankLinear(torch.autograd.Function):
         parts, kinds, keeps = _flat(frozen)
         biases = [f.bias for f in frozen]
         late = 1.0 if scale is None or alpha is None else alpha
-        folded = bool(gains) and x.shape[0] == 1 and not torch.compiler.is_compiling()
-        outside = bool(gains) and not folded
+        folded = len(gains) > 0 and x.shape[0] == 1 and not torch.compiler.is_compiling()
+        outside = len(gains) > 0 and not folded
         into = (x, a, b, parts)
         how: Any = ([None] * n if outside else biases, inner, gains if folded else [], late)
         if torch.compiler.is_compiling():
@@ -138,13 +138,13 @@ class _LowRankLinear(torch.autograd.Function):
         kept = [y for y, keep in zip(outputs, keeps, strict=True) if keep] if gains else []
         if outside:
             outputs = [_gained(y, g, bias) for y, g, bias in zip(outputs, gains, biases, strict=True)]
-        again = bool(gains) and not all(keeps)
+        again = len(gains) > 0 and not all(keeps)
         trains = any(ctx.needs_input_grad[5 : 5 + n])
         ctx.save_for_backward(x if trains or again else None, scale, a, u, inner, *b, *gains, *kept)
         ctx.frozen, ctx.alpha, ctx.late = frozen, alpha, late
         ctx.ranks = [t.shape[2] for t in cast[:n]]
         ctx.dtypes = [t.dtype for t in factors]
-        ctx.has_gains, ctx.folded = bool(gains), folded
+        ctx.has_gains, ctx.folded = len(gains) > 0, folded
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
