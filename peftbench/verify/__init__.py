@@ -62,17 +62,19 @@ class Parity:
 
 
 def source_sha256(name: str) -> str:
-    """Return a fingerprint of the code that computes the method `name`: its file and what that imports beside it."""
-    folder = registry.PACKAGE / "methods"
-    pending = ["base", "sites", registry.method_class(name).__module__.rpartition(".")[2]]
+    """Return a fingerprint of the code that computes the method `name`: its file, and what that imports of methods
+    and kernels."""
+    own = registry.method_class(name).__module__.rpartition(".")[2]
+    pending = ["methods.base", "methods.sites", f"methods.{own}"]
     files: dict[str, bytes] = {}
     while pending:
         module = pending.pop()
-        path = folder / f"{module}.py"
+        path = registry.PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
         if module in files or not path.is_file():
             continue
         files[module] = path.read_bytes()
-        pending += [m.decode() for m in re.findall(rb"from peftbench\.methods\.(\w+) import", files[module])]
+        found = re.findall(rb"from peftbench\.((?:methods|kernels)\.\w+) import", files[module])
+        pending += [m.decode() for m in found]
     digest = hashlib.sha256()
     for module in sorted(files):
         digest.update(module.encode() + b"\0" + files[module])
