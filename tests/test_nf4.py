@@ -1,7 +1,6 @@
 """Restoring 4-bit weights: the Triton kernel is the reference bit for bit, and compiled layers keep no dense weight."""
 
 import importlib
-import itertools
 import json
 import logging
 import os
@@ -119,8 +118,8 @@ def test_kernel_gives_the_same_however_the_work_is_cut(device):
 
     parts = packed(matrix("normal", (9001,), device), "nf4", True)
     want = nf4.reference(*parts, "nf4", (9001,), torch.float16)
-    for rows, shared in itertools.product((128, 256, 1024), (True, False)):
-        assert torch.equal(dequantize(*parts, "nf4", (9001,), torch.float16, Config(rows, 4, shared)), want)
+    for rows in (128, 512, 1024):
+        assert torch.equal(dequantize(*parts, "nf4", (9001,), torch.float16, Config(rows, 4)), want)
 
 
 @pytest.mark.skipif(interpreted() or find_spec("triton") is None, reason="runs the tests above in the interpreter")

@@ -35,8 +35,8 @@ CACHES = 4
 COPY = 2**30
 """Bytes of the block whose copy sets the bar."""
 
-SWEEP = [(256, 4, True), (512, 4, True), (1024, 4, True), (1024, 8, True), (2048, 8, True), (512, 4, False)]
-"""Rows, warps and whether codes are looked up in shared memory; see `peftbench.kernels.nf4_triton.Config`."""
+SWEEP = [(256, 4), (512, 4), (1024, 4), (1024, 8), (2048, 8)]
+"""Rows and warps; see `peftbench.kernels.nf4_triton.Config`."""
 
 Restore = Callable[[Packed], Tensor]
 
@@ -80,9 +80,9 @@ def contestants(
             scale, offset = packed.get("scale"), packed.get("offset")
             return dequantize(packed["codes"], packed["absmax"], scale, offset, scheme.kind, shape, dtype, config)
 
-        for rows, warps, shared in SWEEP:
-            name = f"ours {rows}/{warps}/{'shared' if shared else 'cached'}"
-            found[name] = functools.partial(cut, config=Config(rows, warps, shared))
+        for rows, warps in SWEEP:
+            name = f"ours {rows}/{warps}"
+            found[name] = functools.partial(cut, config=Config(rows, warps))
     return found
 
 
