@@ -101,7 +101,9 @@ def low_rank_linear(
         alpha: the value of `scale` on the host, where all runs have the same: the products then scale by themselves.
     """
     assert all(len(given) in (0, len(frozen)) for given in (inner, gains)), "for every map or for none"
-    out: tuple[Tensor, ...] = _LowRankLinear.apply(x, tuple(frozen), scale, alpha, len(inner) > 0, *a, *b, *inner, *gains)
+    factors = (*a, *b, *inner, *gains)
+    # len: Dynamo of torch 2.11 breaks the graph at bool of a list
+    out: tuple[Tensor, ...] = _LowRankLinear.apply(x, tuple(frozen), scale, alpha, len(inner) > 0, *factors)
     return out
 
 
