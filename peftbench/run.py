@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peftbench import environment, verify
-from peftbench.assembly import Assembly, Setting, assembled, backbone_of
+from peftbench.assembly import Assembly, Setting, assembled, backbone_of, free
 from peftbench.cost import cost_of
 from peftbench.engine import evaluation, objectives
 from peftbench.engine.batches import TokenTable, make_buckets, packed_batches, steps_per_epoch
@@ -43,6 +43,8 @@ class Listener(Protocol):
     def steps(self, done: int, total: int, losses: Sequence[float] | None) -> None: ...
 
     def record(self, record: RunRecord) -> None: ...
+
+    def note(self, line: str) -> None: ...
 
 
 @dataclass
@@ -273,9 +275,29 @@ def run_pack(
 
     With `save_adapters` the store keeps the parameters that each completed run was tested with.
 
-    A pack that fails or runs out of memory gives records that say so; mistakes a user can mend are records too, since
-    the rest of the sweep goes on. Only a full disk or an interrupt leaves without records.
+    A pack that runs out of memory is tried again as two halves, and they in turn; each record says at which sizes memory
+    ran out. A pack that fails gives records that say so; mistakes a user can mend are records too, since the rest of
+    the sweep goes on. Only a full disk or an interrupt leaves without records.
     """
+    records: list[RunRecord] = []
+    waiting: list[tuple[Sequence[RunSpec], tuple[int, ...]]] = [(specs, ())]
+    while waiting:
+        pack, too_many = waiting.pop(0)
+        costs, outcome = _attempt(pack, store, listener, save_adapters)
+        if len(pack) > 1 and all(status == "out_of_memory" for status in outcome.statuses):
+            free(torch.device(specs[0].device))
+            half = (len(pack) + 1) // 2
+            listener.note(f"out of memory with {len(pack)} runs side by side: now at most {half}")
+            waiting[:0] = [(part, (*too_many, len(pack))) for part in (pack[:half], pack[half:])]
+            continue
+        records += _recorded(pack, costs, outcome, too_many, store, listener)
+    return records
+
+
+def _attempt(
+    specs: Sequence[RunSpec], store: Store, listener: Listener, save_adapters: bool
+) -> tuple[list[dict[str, Any] | None], Outcome]:
+    """Return each run's cost, where that was measured, and what training the pack gave."""
     costs: list[dict[str, Any] | None] = [None] * len(specs)
     try:
         listener.phase("load")
@@ -296,9 +318,22 @@ def run_pack(
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {error} ({where.name}, {where.filename.rpartition('/')[2]}:{where.lineno})"
         outcome = _failure("failed", specs, text)
+    return costs, outcome
+
+
+def _recorded(
+    specs: Sequence[RunSpec],
+    costs: Sequence[dict[str, Any] | None],
+    outcome: Outcome,
+    too_many: tuple[int, ...],
+    store: Store,
+    listener: Listener,
+) -> list[RunRecord]:
+    """Write and return the records of a pack; `too_many` are the sizes of packs of these runs that did not fit."""
     about = environment.describe(specs[0].device)
     records = []
     for run, spec in enumerate(specs):
+        pack: dict[str, Any] = {"size": len(specs), "index": run}
         record = RunRecord(
             run_id=spec.run_id,
             status=outcome.statuses[run],
@@ -309,7 +344,7 @@ def run_pack(
             cost=costs[run],
             environment=about,
             parity=verify.stamp(spec.method),
-            pack={"size": len(specs), "index": run},
+            pack=pack | ({"out_of_memory_at": list(too_many)} if too_many else {}),
         )
         store.write(record)
         listener.record(record)

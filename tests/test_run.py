@@ -168,3 +168,54 @@ def test_bf16_follows_fp32(method: str, tmp_path: Path) -> None:
         traces.append(np.array(record.trace["loss"]))
     assert not np.array_equal(*traces)
     np.testing.assert_allclose(*traces, atol=0.01)
+
+
+def test_a_pack_that_runs_out_of_memory_is_halved_until_it_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from peftbench import run as module
+
+    real, sizes, lines = module._train, [], []
+
+    def tight(setting: Any, *rest: Any) -> Any:
+        sizes.append(len(setting.specs))
+        if len(setting.specs) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return real(setting, *rest)
+
+    class Ears(Quiet):
+        def note(self, line: str) -> None:
+            lines.append(line)
+
+    monkeypatch.setattr(module, "_train", tight)
+    pack = [s for seed in range(5) for s in tiny(method="lora", seed=seed, train__steps=2)]
+    records = run_pack(pack, Store(tmp_path / "tight"), Ears())
+    assert sizes == [5, 3, 2, 1, 2]
+    assert [r.run_id for r in records] == [s.run_id for s in pack]
+    assert [r.pack["out_of_memory_at"] for r in records] == [[5, 3]] * 3 + [[5]] * 2
+    assert lines == [
+        "out of memory with 5 runs side by side: now at most 3",
+        "out of memory with 3 runs side by side: now at most 2",
+    ]
+    monkeypatch.undo()
+    whole = run_pack(pack, Store(tmp_path / "whole"), Quiet())
+    for apart, together in zip(records, whole, strict=True):
+        assert apart.status == together.status == "completed"
+        assert "out_of_memory_at" not in together.pack
+        np.testing.assert_allclose(apart.trace["loss"], together.trace["loss"], rtol=1e-5)
+
+
+def test_a_run_that_does_not_fit_alone_is_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from peftbench import run as module
+
+    def never(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(module, "_train", never)
+    pack = [s for seed in range(2) for s in tiny(method="lora", seed=seed, train__steps=2)]
+    records = run_pack(pack, Store(tmp_path), Quiet())
+    assert [(r.status, r.pack["size"], r.pack["out_of_memory_at"]) for r in records] == [("out_of_memory", 1, [2])] * 2
