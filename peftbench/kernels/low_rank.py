@@ -226,7 +226,9 @@ def _columns(b: Tensor, gain: Tensor | None) -> Tensor:
 
 def _gained(z: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
     y = z * gain.unsqueeze(1)
-    return (y if bias is None else y + bias).to(z.dtype)
+    y = y if bias is None else y + bias
+    # Dynamo of torch 2.11 loses the gradient of an output that a `to` without effect returns
+    return y if y.dtype == z.dtype else y.to(z.dtype)
 
 
 def _product(x: Tensor, u: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
