@@ -1,7 +1,7 @@
 """``estimate``: what a configuration will cost, and what fits into a GPU, from shapes alone."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,7 +149,20 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str]]:
         verdict = "fits" if given["fits"] else "does not fit"
         largest = f"largest batch {given['largest_batch']}" if given["largest_batch"] else "no batch does"
         rows.append((human_bytes(given["bytes"]), f"{verdict} into {human_bytes(given['room'])} of it; {largest}"))
+        if not given["fits"]:
+            rows += [("less takes", ", ".join(lighter))] if (lighter := lighter_settings(assumed)) else []
     return rows
+
+
+def lighter_settings(assumed: Mapping[str, Any]) -> list[str]:
+    """Return the settings that would need less memory than those assumed."""
+    choices = {
+        "train.precision=bf16": assumed["precision"] == "fp32",
+        "train.checkpointing=true": not assumed["checkpointing"],
+        "train.optimizer=adamw8bit": assumed["optimizer"] == "adamw",
+        "a shorter train.max_length": True,
+    }
+    return [setting for setting, open_ in choices.items() if open_]
 
 
 def show(title: str, rows: Sequence[tuple[str, str]]) -> None:
