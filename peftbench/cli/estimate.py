@@ -150,7 +150,7 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str]]:
         largest = f"largest batch {given['largest_batch']}" if given["largest_batch"] else "no batch does"
         rows.append((human_bytes(given["bytes"]), f"{verdict} into {human_bytes(given['room'])} of it; {largest}"))
         if not given["fits"]:
-            rows += [("less takes", ", ".join(lighter))] if (lighter := lighter_settings(assumed)) else []
+            rows += [("to save", ", ".join(lighter))] if (lighter := lighter_settings(assumed)) else []
     return rows
 
 
