@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 Make = Callable[..., Tensor]
 """Parameters → ΔW [R, D_out, D_in]; nothing random."""
@@ -46,5 +47,16 @@ class _Product(torch.autograd.Function):
 
 
 def add_product(make: Make, x: Tensor, y: Tensor, *parameters: Tensor) -> Tensor:
-    """Return y + x ΔWᵀ for x [R, N, D_in] and y [R, N, D_out], ΔW = `make(*parameters)`."""
+    """Return y + x ΔWᵀ for x [R, N, D_in] and y [R, N, D_out], ΔW = `make(*parameters)`.
+
+    Compiled, the matrix is made again too; `_Product` would end the compiled region, for Dynamo does not trace the
+    gradient that its backward pass takes.
+    """
+    if torch.compiler.is_compiling():
+
+        def product(x: Tensor, y: Tensor, *parameters: Tensor) -> Tensor:
+            return torch.baddbmm(y, x, make(*parameters).to(x.dtype).transpose(1, 2))
+
+        again: Tensor = checkpoint(product, x, y, *parameters, use_reentrant=False, preserve_rng_state=False)
+        return again
     return _Product.apply(make, x, y, *parameters)  # type: ignore[no-any-return, no-untyped-call]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from peftbench.methods.dense_change import add_product
@@ -44,6 +45,23 @@ def test_no_whole_matrix_is_kept_for_the_backward_pass():
         x, y, a, b = arguments()
         add_product(outer, x, y, a, b)
     assert kept == [x.shape, a.shape, b.shape]
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_compiled_is_one_graph_that_keeps_no_matrix_either(cast):
+    torch._dynamo.reset()
+    compiled = torch.compile(add_product, backend="aot_eager", fullgraph=True)
+    results, kept = [], []
+    for work in (add_product, compiled):
+        x, y, a, b = leaves = [t.detach().float().requires_grad_(True) for t in arguments()]
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t)
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            out = work(outer, x, y.bfloat16() if cast else y, a, b)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), leaves)))
+    assert all(shape.numel() != outer(a, b).numel() for shape in kept)
+    for ours, theirs in zip(*results, strict=True):
+        # The product of the two directions is rounded to halves at different places
+        torch.testing.assert_close(ours, theirs, rtol=2e-2 if cast else 1e-6, atol=2e-2 if cast else 1e-6)
 
 
 def test_a_narrow_input_is_multiplied_in_its_own_type():
