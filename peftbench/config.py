@@ -149,18 +149,26 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """How cost is measured: warm-up and timed steps, a limit in seconds, the window for energy (0: not measured)."""
+    """How cost is measured.
+
+    Attributes:
+        min_warmup, steps, max_seconds: warm-up and timed steps, and a limit in seconds for both.
+        looks: steps that the shares of a step and what instruments cost are medians of.
+        energy_seconds: the window for energy; 0: not measured.
+    """
 
     enabled: bool = True
     min_warmup: int = 3
     steps: int = 20
     max_seconds: float = 20.0
+    looks: int = 3
     energy_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         in_range("profile.min_warmup", self.min_warmup, 0)
         in_range("profile.steps", self.steps, 1)
         in_range("profile.max_seconds", self.max_seconds, 0, open_low=True)
+        in_range("profile.looks", self.looks, 1)
         in_range("profile.energy_seconds", self.energy_seconds, 0)
         if 0 < self.energy_seconds < 10:  # GPUs count energy in coarse steps
             raise UserError(f"profile.energy_seconds={self.energy_seconds}: expected at least 10, or 0 for none")

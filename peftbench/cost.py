@@ -146,6 +146,7 @@ def cost_of(alone: Setting, store: Store, encoded: Encoded, listener: Phases) ->
             steps=profile.steps,
             max_seconds=profile.max_seconds,
             energy_seconds=profile.energy_seconds,
+            looks=profile.looks,
         )
         cost = {"profile_id": key, "device_kind": spec.identity["device_kind"], **cost}
         store.write_profile(key, cost)

@@ -127,6 +127,7 @@ def describe(device: str = "cpu") -> dict[str, Any]:
     return found
 
 
+@functools.cache
 def driver_version() -> str | None:
     """Return the NVIDIA driver's version, or None where nvidia-smi does not answer."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import time
@@ -20,7 +21,7 @@ from peftbench.profiling.cost import Trial
 from peftbench.profiling.energy import energy_of
 from peftbench.profiling.flops import analytic_flops_per_token, counted_flops
 from peftbench.profiling.replay import COMPONENTS
-from peftbench.profiling.timing import copy_bandwidth, matmul_ceiling, step_shares, time_steps
+from peftbench.profiling.timing import Timing, best_of_windows, copy_bandwidth, matmul_ceiling, step_shares, time_steps
 from peftbench.profiling.trace import count_kernels, kernels_per_step, write_timeline
 from peftbench.profiling.traffic import traffic_of
 from peftbench.progress import Quiet
@@ -179,6 +180,49 @@ def test_kernels_are_counted_on_a_gpu_alone() -> None:
     assert kernels_per_step(lambda: None, CPU) is None
 
 
+def test_a_traced_step_makes_no_objects_of_its_events(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """PyTorch takes about 0.1 ms for each of them: seconds for a step of a thousand kernels and their launches."""
+
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError("events were turned into objects")
+
+    monkeypatch.setattr(torch.autograd.profiler.profile, "_parse_kineto_results", refuse)
+    sleeper = Sleeper()
+    write_timeline(tmp_path / "trace.json.gz", sleeper.train_step, CPU, sleeper, sleeper, steps=1)
+    assert not [w for w in recwarn if "Profiler" in str(w.message)]
+
+
+def test_windows_of_ceilings_are_long_enough_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[float] = []
+
+    def work(seconds: float) -> None:
+        calls.append(seconds)
+        passing.sleep(seconds)
+
+    passing = Clock()
+    monkeypatch.setattr("peftbench.profiling.timing.time", passing)
+    for seconds, times in ((0.001, 10), (0.004, 5), (0.5, 1)):
+        calls.clear()
+        assert best_of_windows(functools.partial(work, seconds), CPU) == pytest.approx(seconds)
+        assert len(calls) == 3 + 5 * times
+
+
+def test_looks_are_as_many_as_asked_for_unless_steps_are_slow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def shares(*arguments: Any) -> None:
+        seen.append(arguments[-1])
+
+    monkeypatch.setattr("peftbench.profiling.cost.step_shares", shares)
+    for looks, seconds in ((2, 0.1), (1, 0.1), (2, 1.0)):
+        steps = Timing([seconds], 1, stable=True)
+        monkeypatch.setattr("peftbench.profiling.cost.time_steps", lambda *a, steps=steps, **k: steps)
+        measured(spec_of(profile__looks=looks), tmp_path / f"{looks} {seconds}")
+    assert seen == [2, 1, 1]
+
+
 def test_there_is_no_energy_without_a_gpu() -> None:
     assert energy_of(lambda: None, CPU, 10) is None
 
@@ -223,6 +267,10 @@ def test_a_trials_memory_is_accounted_for(method: str, tmp_path: Path) -> None:
     )
     assert set(cost["observer"]) == {"phases", "memory", "flops", "traffic", "kernels", "afterwards"}
     assert all(cost["observer"][name] > 0 for name in ("phases", "memory", "flops", "traffic", "afterwards"))
+    spent = cost["instrument_seconds"]
+    assert set(spent) == {"timing", "plain", "energy", "ceilings", *cost["observer"]}
+    assert sum(cost["step_seconds"]["samples"]) < spent["timing"]
+    assert spent["energy"] < 0.1
 
 
 def test_measuring_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

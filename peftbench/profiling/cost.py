@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -71,6 +71,19 @@ class Watched:
         self.seconds.append(clock(self._step, self._device))
 
 
+class Stopwatch:
+    """Wall-clock seconds spent on each part of measuring, waits for the device included."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[part] = time.perf_counter() - begin
+
+
 def measure(
     prepare: Callable[[], AbstractContextManager[Trial]],
     device: torch.device,
@@ -79,38 +92,56 @@ def measure(
     steps: int,
     max_seconds: float,
     energy_seconds: float,
+    looks: int = 3,
 ) -> dict[str, Any]:
     """Set a trial up and measure it: time first, then shares, memory, FLOPs, traffic, kernels and energy.
 
     Nothing but the trial may be alive on the device. Each instrument runs in steps that no other one sees;
-    what it slows them down by is under `observer`.
+    what it slows them down by is under `observer`, what it takes in all under `instrument_seconds`.
+
+    Args:
+        prepare: sets the trial up.
+        min_warmup, steps, max_seconds: of `time_steps`.
+        energy_seconds: of `energy_of`.
+        looks: steps that shares and what instruments cost are medians of; slow steps get one.
     """
+    spent = Stopwatch()
     begin = time.perf_counter()
     with prepare() as trial:
         first = clock(trial.step, device)
         startup = time.perf_counter() - begin
-        timing = time_steps(trial.step, device, min_warmup=min_warmup, steps=steps, max_seconds=max_seconds)
+        with spent("timing"):
+            timing = time_steps(trial.step, device, min_warmup=min_warmup, steps=steps, max_seconds=max_seconds)
         seconds = timing.percentile(50)
         instruments = ("phases", "memory", "flops", "traffic", "kernels")
         plain, single = Watched(trial.step, device), Watched(trial.by_operations, device)
         watched = {name: Watched(trial.by_operations, device) for name in instruments}
         watched["kernels"] = Watched(trial.step, device)
-        looks = 3 if 30 * seconds < max_seconds else 1
-        for _ in range(looks):
-            plain()
-            single()
-        shares = step_shares(watched["phases"], device, trial.objective, trial.optimizer, looks)
-        memory = memory_of(trial, trial.by_operations, device, watched["memory"])
-        flops = counted_flops(watched["flops"])
-        traffic = traffic_of(watched["traffic"])
-        kernels = kernels_per_step(watched["kernels"], device)
-        energy = energy_of(trial.step, device, energy_seconds)
+        looks = looks if 30 * seconds < max_seconds else 1
+        with spent("plain"):
+            for _ in range(looks):
+                plain()
+                single()
+        with spent("phases"):
+            shares = step_shares(watched["phases"], device, trial.objective, trial.optimizer, looks)
+        with spent("memory"):
+            memory = memory_of(trial, trial.by_operations, device, watched["memory"])
+        with spent("flops"):
+            flops = counted_flops(watched["flops"])
+        with spent("traffic"):
+            traffic = traffic_of(watched["traffic"])
+        with spent("kernels"):
+            kernels = kernels_per_step(watched["kernels"], device)
+        with spent("energy"):
+            energy = energy_of(trial.step, device, energy_seconds)
         after = Watched(trial.step, device)
-        for _ in range(looks):
-            after()
+        with spent("afterwards"):
+            for _ in range(looks):
+                after()
         execution, capture = trial.stepper.execution, trial.stepper.capture_seconds
     # made once the trial is over: their large matrices need room
-    ceiling, bandwidth = matmul_ceiling(device, trial.compute_dtype), copy_bandwidth(device)
+    with spent("ceilings"):
+        ceiling, bandwidth = matmul_ceiling(device, trial.compute_dtype), copy_bandwidth(device)
     base, slow = median(plain.seconds), median(single.seconds)
     tokens = trial.rows * trial.length
     analytic = analytic_flops_per_token(
@@ -155,5 +186,6 @@ def measure(
             },
             "afterwards": median(after.seconds) / base,
         },
+        "instrument_seconds": spent.seconds,
         "shape": {"batch_size": trial.rows, "length": trial.length},
     }

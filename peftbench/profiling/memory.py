@@ -184,7 +184,7 @@ def recorded_cuda(subject: Subject, step: Callable[[], object], device: torch.de
     known = _known(subject, lambda t: t.untyped_storage().data_ptr())
     marks: list[tuple[int, Mark]] = []
     torch.cuda.synchronize(device)
-    torch.cuda.memory._record_memory_history("all", context=None, clear_history=True)
+    torch.cuda.memory._record_memory_history("all", context=None, stacks="python", clear_history=True)
     try:
 
         def enter(phase: str) -> None:

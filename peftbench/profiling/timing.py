@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from peftbench.profiling.replay import PHASES
 STABLE = 0.05
 """Warm-up ends when the last three steps lie within this share of their median."""
 MAX_WARMUP = 15
+WINDOW = 0.02
+"""Seconds that are long enough for timing by events or the clock."""
 
 
 @dataclass(frozen=True)
@@ -129,10 +132,14 @@ def _between(begin: Any, end: Any) -> float:
     return end - begin if isinstance(begin, float) else float(begin.elapsed_time(end)) / 1000
 
 
-def _best(work: Callable[[], object], device: torch.device, times: int, windows: int = 5) -> float:
-    """Return seconds per call: the best of `windows` of `times` calls without waiting between them."""
-    for _ in range(3):
+def best_of_windows(work: Callable[[], object], device: torch.device, windows: int = 5) -> float:
+    """Return seconds per call: the best of `windows`, each of calls without waiting between them.
+
+    A window holds as many calls as fill `WINDOW` seconds, one to ten.
+    """
+    for _ in range(2):
         work()
+    times = min(10, math.ceil(WINDOW / clock(work, device)))
     found = []
     for _ in range(windows):
         _settle(device)
@@ -155,7 +162,7 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     for size in (4096, 8192) if device.type == "cuda" else (512, 1024):
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         out = torch.empty_like(a)
-        rates.append(2 * size**3 / _best(functools.partial(torch.mm, a, b, out=out), device, 10, 5))
+        rates.append(2 * size**3 / best_of_windows(functools.partial(torch.mm, a, b, out=out), device))
     return max(rates)
 
 
@@ -164,4 +171,4 @@ def copy_bandwidth(device: torch.device) -> float:
     """Return the B/s of a large copy within the device, bytes read and bytes written, measured once per process."""
     size = 2**28 if device.type == "cuda" else 2**27
     source, target = (torch.empty(size, dtype=torch.uint8, device=device).fill_(i) for i in (1, 2))
-    return 2 * size / _best(functools.partial(target.copy_, source), device, 10 if device.type == "cuda" else 2)
+    return 2 * size / best_of_windows(functools.partial(target.copy_, source), device)

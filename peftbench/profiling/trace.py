@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,16 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from peftbench.profiling.phases import phases
 
 
-def _recording(activities: Sequence[ProfilerActivity]) -> profile:
+@contextlib.contextmanager
+def _recording(activities: Sequence[ProfilerActivity]) -> Iterator[profile]:
     # the library behind it says on stderr when it starts and stops, whatever happens; it reads this at its first use
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    return profile(activities=activities, acc_events=True)
+    with warnings.catch_warnings():
+        # older PyTorch says this of a single cycle too; the remedy it names, acc_events, makes an object of every event
+        # at the end, which takes seconds for a step
+        warnings.filterwarnings("ignore", "Warning: Profiler clears events")
+        with profile(activities=activities) as recorded:
+            yield recorded
 
 
 def kernels_per_step(step: Callable[[], object], device: torch.device) -> int | None:
