@@ -217,8 +217,8 @@ def test_looks_are_as_many_as_asked_for_unless_steps_are_slow(monkeypatch: pytes
 
     monkeypatch.setattr("peftbench.profiling.cost.step_shares", shares)
     for looks, seconds in ((2, 0.1), (1, 0.1), (2, 1.0)):
-        steps = Timing([seconds], 1, stable=True)
-        monkeypatch.setattr("peftbench.profiling.cost.time_steps", lambda *a, steps=steps, **k: steps)
+        timing = Timing([seconds], 1, stable=True)
+        monkeypatch.setattr("peftbench.profiling.cost.time_steps", lambda *_, found=timing, **__: found)
         measured(spec_of(profile__looks=looks), tmp_path / f"{looks} {seconds}")
     assert seen == [2, 1, 1]
 
