@@ -1,6 +1,7 @@
 """Shared fixtures: few threads, no network, and a hand-made spec and record."""
 
 import os
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,6 +10,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 
 from peftbench.record import RunRecord, RunSpec
+
+
+def _before(package: str, *release: int) -> bool:
+    return tuple(int(part) for part in version(package).split(".")[:2]) < release
+
+
+def triton_interprets_loops() -> bool:
+    """Return whether Triton is there and its interpreter runs loops; kernels on a GPU are not concerned.
+
+    Before 3.7 it takes `int` of arrays that hold a loop's bound, which NumPy 2.4 refuses.
+    """
+    try:
+        return not _before("triton", 3, 7) or _before("numpy", 2, 4)
+    except PackageNotFoundError:
+        return False
 
 
 def make_spec(**changes: Any) -> RunSpec:

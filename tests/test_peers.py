@@ -133,7 +133,8 @@ def test_race_on_cpu(
         assert r["weights"] == "random weights"
         assert [len(samples) for samples in r["step_seconds"]["samples"]] == [1, 1]
         assert r["peak_bytes"] is None
-        assert r["versions"]["torch"] == torch.__version__
+        # a wheel's metadata need not carry the local tag
+        assert r["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
         # one base, one batch, adapters that change nothing at first
         assert r["losses"][0] == pytest.approx(found["frozen"]["losses"][0], rel=1e-5)
     assert found["hf-lora"]["trained_parameters"] == found["ours-lora"]["trained_parameters"]
