@@ -275,9 +275,9 @@ def run_pack(
 
     With `save_adapters` the store keeps the parameters that each completed run was tested with.
 
-    A pack that runs out of memory is tried again as two halves, and they in turn; each record says at which sizes memory
-    ran out. A pack that fails gives records that say so; mistakes a user can mend are records too, since the rest of
-    the sweep goes on. Only a full disk or an interrupt leaves without records.
+    A pack that runs out of memory is tried again as two halves, and they in turn; each record says at which sizes
+    memory ran out. A pack that fails gives records that say so; mistakes a user can mend are records too, since the
+    rest of the sweep goes on. Only a full disk or an interrupt leaves without records.
     """
     records: list[RunRecord] = []
     waiting: list[tuple[Sequence[RunSpec], tuple[int, ...]]] = [(specs, ())]
