@@ -266,6 +266,25 @@ def test_joblib_runs_packs_in_other_processes(here, capfd):
     assert "all 4 runs are in" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_one_whatever_a_library_makes_of_it(tmp_path, capsys, number):
+    from peftbench.cli import sweep as command
+
+    def work():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise RuntimeError("broken in the midst of composing") from None
+
+    before = signal.getsignal(number)
+    assert command._interruptible(work, lambda: tmp_path) is None
+    assert "interrupted: 0 finished runs are kept" in capsys.readouterr().err
+    assert signal.getsignal(number) is before
+    with pytest.raises(ZeroDivisionError):
+        command._interruptible(lambda: 1 // 0, lambda: tmp_path)
+
+
 def test_interrupted_sweeps_keep_what_is_done_and_go_on(here):
     arguments = ["sweep", *TINY, "method=lora", "seed=range(0,40)", "pack=1", "train.steps=10"]
     process = command(*arguments, cwd=here)

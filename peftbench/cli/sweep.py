@@ -94,22 +94,29 @@ def multirun(arguments: Sequence[str], quiet: bool, force: bool = False) -> Outc
 
 
 def _interruptible(work: Callable[[], Outcome], folder: Callable[[], Path]) -> Outcome | None:
-    """Do `work`; None after Ctrl-C or SIGTERM, with a line that says what is kept."""
+    """Do `work`; None after Ctrl-C or SIGTERM, with a line that says what is kept.
+
+    An interrupt may come out of a library as an error of its own: whatever is raised after the signal is the interrupt.
+    """
+    came: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
+        came.append(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return work()
-    except KeyboardInterrupt:
+    except BaseException as error:
+        if not came and not isinstance(error, KeyboardInterrupt):
+            raise
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the line below is short
         kept = len(list((folder() / "runs").glob("*.json")))
         say(f"interrupted: {kept} finished runs are kept in {folder()}; the same command goes on from there")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         return None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def show(records: Sequence[dict[str, Any]]) -> None:
