@@ -6,6 +6,7 @@ import math
 import random
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib
 import pytest
@@ -605,3 +606,11 @@ def test_a_thousand_runs_are_read_quickly():
     table = table_of(*records)
     assert len(table) == 196
     assert time.perf_counter() - start < 15
+
+
+def test_reports_written_at_the_same_time_do_not_disturb_each_other(tmp_path):
+    made = [make_record("lora", seed=s, test=0.7) for s in range(3)] + [make_record("full", test=0.8)]
+    with ThreadPoolExecutor(4) as pool:
+        written = list(pool.map(lambda _: write_report(made, tmp_path), range(4)))
+    assert len({tuple(paths) for paths in written}) == 1
+    assert all(path.exists() for path in written[0])

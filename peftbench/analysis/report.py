@@ -4,9 +4,12 @@ A pure function of records: the same records give the same bytes. Nothing is dro
 complete are counted in the tables and listed with their reasons.
 """
 
+import fcntl
+import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,17 @@ MEMORY_TEXT = {
 }
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one process at a time write in `folder`: those that share a sweep end at the same time."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def write_report(records: Sequence[Record], folder: Path) -> list[Path]:
     """Write `<folder>/report/` anew and return the paths written, `report.md` first.
 
@@ -52,19 +66,21 @@ def write_report(records: Sequence[Record], folder: Path) -> list[Path]:
     chosen = selected(table)
     target = folder / "report"
     try:
-        for part in ("tables", "figures"):  # a rerun leaves no table or figure of an earlier state behind
-            shutil.rmtree(target / part, ignore_errors=True)
-            (target / part).mkdir(parents=True)
-        all_tables = _tables(runs, table, chosen)
-        written = [path for one in all_tables.values() for path in _write_table(one, target / "tables")]
-        written += _write_csv(runs, target / "tables" / "runs.csv")
-        written += _write_csv(tables.raw_numbers(rows_of(table)), target / "tables" / "configurations.csv")
-        figures = []
-        for plot in plots.all_plots(table):
-            written += plots.save(plot, target / "figures")
-            figures.append((plot.name, plot.caption))
-        report = target / "report.md"
-        report.write_text(_markdown(records, runs, table, chosen, all_tables, figures, folder), encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            for part in ("tables", "figures"):  # a rerun leaves no table or figure of an earlier state behind
+                shutil.rmtree(target / part, ignore_errors=True)
+                (target / part).mkdir(parents=True)
+            all_tables = _tables(runs, table, chosen)
+            written = [path for one in all_tables.values() for path in _write_table(one, target / "tables")]
+            written += _write_csv(runs, target / "tables" / "runs.csv")
+            written += _write_csv(tables.raw_numbers(rows_of(table)), target / "tables" / "configurations.csv")
+            figures = []
+            for plot in plots.all_plots(table):
+                written += plots.save(plot, target / "figures")
+                figures.append((plot.name, plot.caption))
+            report = target / "report.md"
+            report.write_text(_markdown(records, runs, table, chosen, all_tables, figures, folder), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{target}: cannot write the report ({error.strerror or error})") from error
     return [report, *written]
