@@ -1,8 +1,10 @@
 """Analysis: hand-made numbers whose answers can be checked on paper, and records of realistic shape."""
 
 import csv
+import fcntl
 import hashlib
 import math
+import os
 import random
 import time
 import zlib
@@ -608,9 +610,16 @@ def test_a_thousand_runs_are_read_quickly():
     assert time.perf_counter() - start < 15
 
 
-def test_reports_written_at_the_same_time_do_not_disturb_each_other(tmp_path):
-    made = [make_record("lora", seed=s, test=0.7) for s in range(3)] + [make_record("full", test=0.8)]
-    with ThreadPoolExecutor(4) as pool:
-        written = list(pool.map(lambda _: write_report(made, tmp_path), range(4)))
-    assert len({tuple(paths) for paths in written}) == 1
-    assert all(path.exists() for path in written[0])
+def test_a_report_waits_for_another_being_written(tmp_path):
+    made = [make_record("lora", test=0.7), make_record("full", test=0.8)]
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            waiting = pool.submit(write_report, made, tmp_path)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=1)
+            assert not (tmp_path / "report").exists()
+        finally:
+            os.close(handle)
+        assert all(path.exists() for path in waiting.result(timeout=120))
