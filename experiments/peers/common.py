@@ -155,17 +155,8 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Return what this device does at best, measured in this process: matrix products (FLOP/s) and copies (B/s)."""
     return {
         "matmul_flops_per_second": rounded(timing.matmul_ceiling(device, dtype)),
-        "copy_bytes_per_second": rounded(copy_bandwidth(device)),
+        "copy_bytes_per_second": rounded(timing.copy_bandwidth(device)),
     }
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Return bytes read plus bytes written per second by the copy of a large block, the best of several."""
-    size = 2**31 if device.type == "cuda" else 2**25
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    target.copy_(source)
-    return 2 * size / min(time_calls(lambda: target.copy_(source), device, 8))
 
 
 def append(path: str | Path | None, records: Iterable[Mapping[str, Any]]) -> None:
