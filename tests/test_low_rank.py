@@ -172,10 +172,18 @@ def test_column_sums(shape, dtype, device, shifted):
     u = torch.randn(runs, rows, 2 * rank, generator=g).to(device, dtype)[..., rank:]
     offset = torch.randn(width, generator=g).to(device) if shifted else None
     want = (x.double() * (y.double() - (0 if offset is None else offset.double()))).sum(dim=1)
+    divisor = torch.randn(runs, width, generator=g).to(device)
     inner, total = column_dot.product_and_dot(u, x, y, offset)
-    for found in (column_dot.column_dot(x, y, offset), total):
+    divided = column_dot.product_and_dot(u, x, y, offset, divisor)[1]
+    for found in (column_dot.column_dot(x, y, offset), total, divided * divisor):
         assert found.dtype == torch.float32
         assert error(found, want) < 1e-5
+    factor = torch.randn(runs, rank, width, generator=g).to(device, dtype)
+    whole = column_dot.product_and_dot(u, x, y, offset, divisor, factor, 0.5)[1] * divisor
+    more = want + 0.5 * (x.double() * (u.double() @ factor.double())).sum(dim=1)
+    assert error(whole, more) < (TOLERANCE[dtype] if device == "cpu" and not interpreted() else 1e-5)
+    held = column_dot.product_and_dot(u, x, y, offset, torch.zeros_like(divisor))[1]
+    assert not held.isnan().any(), "a divisor of 0 stands for the smallest number"
     assert inner.dtype == dtype
     assert error(inner, u.double().mT @ x.double()) < TOLERANCE[dtype]
 
@@ -190,12 +198,18 @@ def test_rows_of_a_weight(shape, dtype, device, transposed):
     weight = torch.randn(d_out, d_in, generator=g).to(device, dtype)
     weight = weight.t().contiguous().t() if transposed else weight
     a, b = (torch.randn(*s, generator=g).to(device) for s in ((runs, d_in, rank), (runs, rank, d_out)))
-    d = (a.double() @ b.double()).mT
-    want = (d * (2 * weight.double() + d)).sum(dim=2)
+    scale = torch.arange(1, runs + 1, device=device) / 2
+    d = (a.double() @ b.double()).mT * scale.double().reshape(-1, 1, 1)
     share = 1e-5 if dtype == torch.float32 else 1e-2
-    assert error(weight_rows.norm_change(weight, a, b), want) < share
-    assert error(weight_rows.norm_change_reference(weight, a, b), want) < share
-    assert not weight_rows.norm_change(weight, a, torch.zeros_like(b)).any(), "exactly zero without a change"
+    change = (d * (2 * weight.double() + d)).sum(dim=2)
+    assert error(weight_rows.norm_change_reference(weight, a, b * scale.reshape(-1, 1, 1)), change) < share
+    norm = weight.float().norm(dim=1)
+    square = norm.square()
+    want = (weight.double() + d).norm(dim=2)
+    assert error(weight_rows.norms(weight, a, b, scale, square, 1e-7), want) < share
+    zero = torch.zeros_like(b)
+    assert weight_rows.norms(weight, a, zero, scale, square, 1e-7).equal(norm.expand(runs, -1)), "without a change"
+    assert weight_rows.norms(weight, a, zero, scale, square, 4.0).equal(2 * norm.expand(runs, -1)), "the floor"
     gain = torch.rand(d_out, generator=g).to(device) + 0.5
     scaled = weight_rows.scaled_rows(weight, gain)
     # Triton's interpreter cuts bf16 where it should round

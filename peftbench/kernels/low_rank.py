@@ -326,14 +326,14 @@ def _backward(
             change = torch.mm(v[i][0].t(), dz[0]).unsqueeze(0) if one else torch.bmm(v[i].transpose(1, 2), dz)
         else:
             if keeps[i]:
-                y = next(outputs)
+                change, total = product_and_dot(v[i], dz, next(outputs), biases[i], gain)
             else:
                 assert x is not None
-                y = _product(x, v[i], factor, _folded(*weights[i], u.dtype, fold), biases[i], alpha)
-            change, total = product_and_dot(v[i], dz, y, biases[i])
-            del y
-            tiny = torch.finfo(torch.float32).tiny
-            dg.append(total / torch.where(gain.abs() < tiny, tiny, gain))
+                weight = _folded(*weights[i], u.dtype, fold)
+                y = (x.reshape(runs * rows, -1) @ weight.t()).view(dz.shape)
+                change, total = product_and_dot(v[i], dz, y, None, gain, factor, alpha)
+                del y, weight
+            dg.append(total)
         db.append(_columns(change, fold))
         if one:
             if du is None:

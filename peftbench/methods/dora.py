@@ -24,15 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftbench.kernels.weight_rows import norm_change
+from peftbench.kernels.weight_rows import norms
 from peftbench.methods.base import Card, Factors, LowRankDelta, Method, RunDropout, Targets, Traits, require, uniform
 from peftbench.methods.lora import KEEPS_BASE, VARIANTS
 from peftbench.methods.peft_format import SiteFormat, fan_in_fan_out, refuse, same, target_modules, targets, transposed
 from peftbench.models.roles import Site, linear_sites
 
-CHEAP_AGAIN = ("attention.query", "attention.key", "attention.output")
-"""Roles whose output, which the magnitude's gradient needs, is made again: narrow, and in models with rotary positions
-kept by nobody else."""
+CHEAP_AGAIN = ("attention.query", "attention.key", "attention.value", "attention.output")
+"""Roles whose output, which the magnitude's gradient needs, is made again: narrow, and kept by nobody else as it is
+before the gain and rotary positions."""
 
 
 class DoraDelta(LowRankDelta):
@@ -66,10 +66,9 @@ class DoraDelta(LowRankDelta):
     @torch.no_grad()
     def norm(self, dtype: torch.dtype) -> Tensor:
         """Return ‖W + BA‖ per output feature, [R, D_out], with the product W A taken in `dtype`."""
-        change = norm_change(self.site.dense_weight(dtype), self.A, self.B * self.scale)
-        square = self.square + change
         # Where BA cancels W, the difference has no digits left; this far down g stays bounded instead.
-        return square.maximum(torch.finfo(dtype).eps * self.square).sqrt()
+        floor = torch.finfo(dtype).eps
+        return norms(self.site.dense_weight(dtype), self.A, self.B, self.scale, self.square, floor)
 
     def factors(self, dtype: torch.dtype) -> Factors:
         gain = self.magnitude / self.norm(dtype)
