@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from peftbench.analysis import plots, tables
+from peftbench.analysis import comparisons, evidence, extras, plots, tables
 from peftbench.analysis.frame import STATUSES, configurations, dig, flatten, frame, rows_of, selected, task_titles
 from peftbench.analysis.tables import Table
 from peftbench.errors import UserError
@@ -72,7 +72,14 @@ def write_report(records: Sequence[Record], folder: Path) -> list[Path]:
                 shutil.rmtree(target / part, ignore_errors=True)
                 (target / part).mkdir(parents=True)
             all_tables = _tables(runs, table, chosen)
-            written = [path for one in all_tables.values() for path in _write_table(one, target / "tables")]
+            written = []
+            if not extras.missing():
+                panels = comparisons.panels(records, runs, chosen)
+                suites = comparisons.suites(panels)
+                all_tables |= {one.name: one for one in evidence.evidence(panels, suites)}
+                for name, pairs in evidence.pair_frames(panels, suites).items():
+                    written += _write_csv(pairs, target / "tables" / f"{name}.csv")
+            written += [path for one in all_tables.values() for path in _write_table(one, target / "tables")]
             written += _write_csv(runs, target / "tables" / "runs.csv")
             written += _write_csv(tables.raw_numbers(rows_of(table)), target / "tables" / "configurations.csv")
             figures = []
@@ -137,6 +144,7 @@ def _markdown(
     for name, one in all_tables.items():
         if name == "overview" or name.startswith("leaderboard-"):
             lines += _section(one)
+    lines += _evidence(all_tables)
     lines += ["## Figures", ""]
     for name, caption in figures:
         lines += [
@@ -174,6 +182,17 @@ def _markdown(
         "",
     ]
     return "\n".join(lines)
+
+
+def _evidence(all_tables: Mapping[str, Table]) -> list[str]:
+    """Return the section on intervals and tiers, or what it takes to have one."""
+    lacking, lines = extras.missing(), ["## What the data can tell apart", ""]
+    found = [one for name, one in all_tables.items() if name.startswith(("evidence-", "profile-"))]
+    if lacking:
+        return [*lines, f"Not computed: {', '.join(lacking)} not installed. {extras.INSTALL}", ""]
+    if not found:
+        return [*lines, "One method alone: nothing to tell apart.", ""]
+    return [*lines, evidence.READING, "", *(line for one in found for line in _section(one))]
 
 
 def _section(one: Table, titled: bool = True) -> list[str]:
