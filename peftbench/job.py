@@ -22,6 +22,7 @@ class Pack:
     folder: str
     retry_failed: bool = False
     save_adapters: bool = False
+    quiet: bool = False
 
     def encode(self) -> str:
         """Return the pack as text that fits in a Hydra override."""
@@ -30,6 +31,7 @@ class Pack:
             "folder": self.folder,
             "retry_failed": self.retry_failed,
             "save_adapters": self.save_adapters,
+            "quiet": self.quiet,
         }
         return base64.urlsafe_b64encode(zlib.compress(canonical(content).encode(), 9)).decode()
 
@@ -69,7 +71,7 @@ def train(pack: Pack) -> dict[str, str]:
             return {}
         from peftbench.run import run_pack
 
-        listener = progress.current(len(specs))
+        listener = progress.current(specs, pack.quiet)
         listener.pack(specs)
         records = run_pack(list(specs), store, listener, save_adapters=pack.save_adapters)
         return {record.run_id: record.status for record in records}

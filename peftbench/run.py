@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import time
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from peftbench import environment, verify
 from peftbench.assembly import Assembly, Setting, assembled, backbone_of, free
-from peftbench.clock import Clock
 from peftbench.cost import cost_of
 from peftbench.engine import evaluation, objectives
 from peftbench.engine.batches import TokenTable, make_buckets, packed_batches, steps_per_epoch
@@ -42,7 +40,11 @@ class Listener(Protocol):
 
     def phase(self, name: str) -> None: ...
 
+    def members(self, specs: Sequence[RunSpec]) -> None: ...
+
     def steps(self, done: int, total: int, losses: Sequence[float] | None) -> None: ...
+
+    def evaluated(self, step: int, metric: str, values: Sequence[float | None], greater_is_better: bool) -> None: ...
 
     def record(self, record: RunRecord) -> None: ...
 
@@ -167,25 +169,27 @@ def _train(
         changed = [*assembly.adapter.trained.values(), *assembly.adapter.rewritten.values()]
         selection = Selection(setting.task, optimizer, len(seeds), changed)
         last_shown = [0.0]
-        known: list[float] = []
 
         def evaluate(step: int) -> bool:
             listener.phase("evaluate")
             predictions = validation.evaluator.predict()
-            selection.consider(step, [setting.task.metrics(p, validation.references) for p in predictions])
+            metrics = [setting.task.metrics(p, validation.references) for p in predictions]
+            selection.consider(step, metrics)
+            primary = setting.task.primary_metric
+            listener.evaluated(step, primary, [m.get(primary) for m in metrics], setting.task.greater_is_better)
             listener.phase("train")
             return bool(optimizer.alive.any())
 
         def on_step(step: int, losses: Tensor) -> None:
             now = time.monotonic()
-            if now - last_shown[0] > 0.5 or step == steps:
+            if now - last_shown[0] > 0.5 or step in evaluate_at:
                 last_shown[0] = now
                 # On a GPU a look at the loss would wait for the step; an evaluation waits anyway.
-                if setting.device.type == "cpu" or step in evaluate_at:
-                    known[:] = losses.tolist()
-                listener.steps(step, steps, known)
+                looked = setting.device.type == "cpu" or step in evaluate_at
+                listener.steps(step, steps, losses.tolist() if looked else None)
 
         evaluate_at = _evaluation_steps(steps, per_epoch, config.evaluate_every)
+        listener.members(setting.specs)
         listener.phase("train")
         make_step = stepper(
             config.execution,
@@ -285,23 +289,15 @@ def run_pack(
     waiting: list[tuple[Sequence[RunSpec], tuple[int, ...]]] = [(specs, ())]
     while waiting:
         pack, too_many = waiting.pop(0)
-        clock = Clock(listener, functools.partial(_settle, torch.device(specs[0].device)))
-        costs, outcome = _attempt(pack, store, cast(Listener, clock), save_adapters)
-        seconds = clock.seconds()
+        costs, outcome = _attempt(pack, store, listener, save_adapters)
         if len(pack) > 1 and all(status == "out_of_memory" for status in outcome.statuses):
             free(torch.device(specs[0].device))
             half = (len(pack) + 1) // 2
             listener.note(f"out of memory with {len(pack)} runs side by side: now at most {half}")
             waiting[:0] = [(part, (*too_many, len(pack))) for part in (pack[:half], pack[half:])]
             continue
-        records += _recorded(pack, costs, outcome, too_many, seconds, store, listener)
+        records += _recorded(pack, costs, outcome, too_many, store, listener)
     return records
-
-
-def _settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        with contextlib.suppress(RuntimeError):  # what broke the device is the runs' own error, told there
-            torch.cuda.synchronize(device)
 
 
 def _attempt(
@@ -336,18 +332,14 @@ def _recorded(
     costs: Sequence[dict[str, Any] | None],
     outcome: Outcome,
     too_many: tuple[int, ...],
-    seconds: dict[str, float],
     store: Store,
     listener: Listener,
 ) -> list[RunRecord]:
-    """Write and return the records of a pack.
-
-    `too_many` are the sizes of packs of these runs that did not fit, `seconds` what each phase of the pack took.
-    """
+    """Write and return the records of a pack; `too_many` are the sizes of packs of these runs that did not fit."""
     about = environment.describe(specs[0].device)
     records = []
     for run, spec in enumerate(specs):
-        pack: dict[str, Any] = {"size": len(specs), "index": run, "seconds": seconds}
+        pack: dict[str, Any] = {"size": len(specs), "index": run}
         record = RunRecord(
             run_id=spec.run_id,
             status=outcome.statuses[run],

@@ -19,7 +19,8 @@ ALLOWED = {
     "plan": {"errors", "record"},
     "store": {"errors", "record"},
     "environment": {"errors"},
-    "progress": {"record"},
+    "pace": set(),
+    "progress": {"record", "pace"},
     "kernels": {"errors"},
     "models": BASE | {"kernels"},
     "tasks": BASE | {"registry"},
@@ -30,7 +31,7 @@ ALLOWED = {
     "analysis": {"errors", "record"},
     "registry": BASE | {"plan"},  # imports the classes that a yaml names, but none by itself
 }
-LIGHT = ("errors", "record", "config", "plan", "store", "environment", "progress", "overrides", "registry", "job")
+LIGHT = tuple("errors record config plan store environment pace progress overrides registry job".split())
 
 
 def part_of(path: Path) -> str:

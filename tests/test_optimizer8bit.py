@@ -22,6 +22,7 @@ from peftbench.engine.blockwise_adamw import BlockwiseAdamW, buckets
 from peftbench.engine.moments import Storage
 from peftbench.engine.optimizer import PackedAdamW, Recipe
 from peftbench.overrides import parse
+from peftbench.progress import Quiet
 from peftbench.record import RunSpec, profile_id
 from peftbench.run import run_pack
 from peftbench.store import Store
@@ -374,14 +375,6 @@ def test_on_a_gpu_paged_state_lies_outside_the_allocator_and_changes_nothing(kin
 def specs(*arguments: str) -> list[RunSpec]:
     base = ["model=tiny-bert", "task=tiny", "train.dropout=0", "train.steps=50"]
     return resolve.plan(resolve.demand(parse([*base, *arguments]).grid, None), "cpu").specs
-
-
-class Quiet:
-    def phase(self, name: str) -> None: ...
-
-    def steps(self, done: int, total: int, losses: Any) -> None: ...
-
-    def record(self, record: Any) -> None: ...
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -1,6 +1,6 @@
 """The sweeper: a Hydra grid → runs not yet done → packs → one job each for whichever launcher is configured."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -63,11 +63,12 @@ class PeftbenchSweeper(Sweeper):
                 sweep.say(line)
         if not prepared.jobs:
             return prepared.outcome([])
-        runs = sum(len(pack.specs) for pack in prepared.jobs)
-        with progress.display(len(prepared.jobs), runs, self.quiet) as listener:
+        jobs = [replace(pack, quiet=self.quiet) for pack in prepared.jobs]
+        here = type(launcher).__name__ == "BasicLauncher"
+        with progress.display([pack.specs for pack in jobs], self.quiet, here) as listener:
             if local:
                 sweep.measure_costs(prepared, listener)
-            returns = launcher.launch([[f"members='{pack.encode()}'"] for pack in prepared.jobs], initial_job_idx=0)
+            returns = launcher.launch([[f"members='{pack.encode()}'"] for pack in jobs], initial_job_idx=0)
         # JobReturn.return_value would print its own report of a failed job, override and all.
         return prepared.outcome(
             [r._return_value for r in returns if r.status is JobStatus.COMPLETED],

@@ -206,7 +206,7 @@ def run(arguments: Sequence[str], quiet: bool = False, force: bool = False) -> i
             for line in prepared.lines:
                 say(line)
         answers = []
-        with progress.display(len(prepared.jobs), len(prepared.jobs), quiet):
+        with progress.display([pack.specs for pack in prepared.jobs], quiet):
             for pack in prepared.jobs:
                 answers.append({"runs": job.train(pack), "stopped": None})
         return prepared.outcome(answers)
