@@ -1,4 +1,4 @@
 """Training and evaluation of packs of runs."""
 
-VERSION = 2
+VERSION = 3
 """Raised whenever a change to the engine changes results; part of every run's id."""

@@ -1,8 +1,9 @@
 """Which items each run sees at each step, and the tables of tokens they are gathered from.
 
-The sequence of length buckets follows from item lengths, batch size and epoch alone, so all runs of a pack are always
-in the same bucket and packing costs no padding. A run's seed permutes items within buckets. Every batch is padded to
-its bucket's longest item, whoever else is in the pack.
+The sequence of length buckets follows from item lengths and batch size alone and is that of every epoch, so all runs of
+a pack are always in the same bucket, whichever epoch each is in, and packing costs no padding. A run's seed permutes
+items within buckets, anew in each of its epochs. Every batch is padded to its bucket's longest item, whoever else is in
+the pack.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One optimizer step's items: indices [R, B] on the host and the length T to pad to."""
+    """One optimizer step's items: indices [R, B] on the host, the length T to pad to, the first run's epoch."""
 
     items: np.ndarray
     length: int
@@ -59,28 +60,31 @@ def steps_per_epoch(buckets: Sequence[Bucket], batch_size: int) -> int:
 
 
 def packed_batches(
-    buckets: Sequence[Bucket], batch_size: int, seeds: Sequence[int], steps: int
+    buckets: Sequence[Bucket], batch_size: int, seeds: Sequence[int], steps: int, done: Sequence[int] | None = None
 ) -> Iterator[PackedBatch]:
     """Yield `steps` batches for runs with these seeds, epoch after epoch.
 
     Each epoch visits every item of every run once; only an epoch's last batch of a bucket may be smaller than
     `batch_size`.
+
+    Args:
+        done: steps each run has made before, which may differ by whole epochs; None: none.
     """
-    done = 0
-    epoch = 0
-    while done < steps:
-        visits = [(b, k) for b, bucket in enumerate(buckets) for k in range(math.ceil(len(bucket.items) / batch_size))]
-        # Order of buckets: the same for every run, a function of epoch and number of batches.
-        visits = [visits[i] for i in np.random.default_rng([7, epoch, len(visits)]).permutation(len(visits))]
-        generators = [np.random.default_rng([11, seed, epoch]) for seed in seeds]
+    visits = [(b, k) for b, bucket in enumerate(buckets) for k in range(math.ceil(len(bucket.items) / batch_size))]
+    # Order of buckets: the same for every run and epoch, a function of the number of batches.
+    visits = [visits[i] for i in np.random.default_rng([7, len(visits)]).permutation(len(visits))]
+    begun = [divmod(before, len(visits)) for before in done or [0] * len(seeds)]
+    assert len({place for _, place in begun}) == 1, "runs differ by parts of an epoch"
+    epochs, place = [epoch for epoch, _ in begun], begun[0][1]
+    left = steps
+    while left > 0:
+        generators = [np.random.default_rng([11, seed, epoch]) for seed, epoch in zip(seeds, epochs, strict=True)]
         permuted = [[g.permutation(bucket.items) for bucket in buckets] for g in generators]
-        for b, k in visits:
-            if done == steps:
-                return
+        for b, k in visits[place : place + left]:
             items = np.stack([run[b][k * batch_size : (k + 1) * batch_size] for run in permuted])
-            yield PackedBatch(items, buckets[b].length, epoch)
-            done += 1
-        epoch += 1
+            yield PackedBatch(items, buckets[b].length, epochs[0])
+        left -= len(visits) - place
+        epochs, place = [epoch + 1 for epoch in epochs], 0
 
 
 class TokenTable:

@@ -8,6 +8,7 @@ The moments m and v are kept as `moments.Storage` says: in fp32 or in 8 bits, on
 
 A step asks the host for nothing that changes from step to step: rates and bias corrections lie in a table on the
 device, whose row a counter there picks. The same code runs eagerly and replayed from a CUDA graph (`engine.graphs`).
+Every run has steps of its own, so that runs of unlike length, some of them begun earlier, train side by side.
 """
 
 from __future__ import annotations
@@ -64,6 +65,49 @@ def rate_factor(step: int, steps: int, schedule: str, warmup: float) -> float:
     return 1.0
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter lies in the flat tensor."""
+
+    rows: slice
+    columns: slice
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Packed parameters as they lie: those of some runs, in one row of them after the other, then those of all runs."""
+
+    partial: list[tuple[int, list[nn.Parameter]]]
+    """How many runs, and their parameters from left to right."""
+    whole: list[nn.Parameter]
+
+
+def _blocks(packed: Sequence[nn.Parameter], spans: Sequence[tuple[int, int]], runs: int) -> Blocks:
+    partial: dict[tuple[int, int], list[nn.Parameter]] = {}
+    whole: list[nn.Parameter] = []
+    for p, span in zip(packed, spans, strict=True):
+        if span == (0, runs):
+            whole.append(p)
+        else:
+            assert not whole, "parameters of all runs come last"
+            partial.setdefault(span, []).append(p)
+    if not partial:
+        return Blocks([], whole)
+    # runs without any parameter of their own have a block too, so that blocks stack to all runs
+    found: list[tuple[int, list[nn.Parameter]]] = []
+    at = 0
+    for (first, last), block in sorted(partial.items()):
+        assert first >= at, "a run belongs to one block"
+        found += [(first - at, [])] * (first > at) + [(last - first, block)]
+        at = last
+    return Blocks(found + [(runs - at, [])] * (at < runs), whole)
+
+
+def _gradients(block: Sequence[nn.Parameter], runs: int) -> list[Tensor]:
+    """Return the gradients of a block's parameters, each [runs, columns]."""
+    return [p.new_zeros((runs, p[0].numel())) if p.grad is None else p.grad.reshape(runs, -1) for p in block]
+
+
 class PackedAdamW:
     """AdamW for parameters with a leading runs axis, plus (for a pack of one) parameters of the base itself.
 
@@ -76,8 +120,10 @@ class PackedAdamW:
         packed: Sequence[nn.Parameter],
         plain: Sequence[nn.Parameter],
         recipes: Sequence[Recipe],
-        steps: int,
+        steps: int | Sequence[int],
         *,
+        done: Sequence[int] | None = None,
+        length: int | None = None,
         beta1: float = 0.9,
         beta2: float = 0.999,
         epsilon: float = 1e-8,
@@ -85,18 +131,22 @@ class PackedAdamW:
         keep_gradients: bool = False,
         base: torch.optim.Optimizer | None = None,
         storage: Storage | None = None,
+        rows: Sequence[tuple[int, int]] | None = None,
     ) -> None:
         """Take the parameters over.
 
         Args:
-            packed: parameters [R, ...]; they become views of `flat`.
+            packed: parameters [R, ...], or [k, ...] where `rows` says so; they become views of `flat`.
             plain: parameters of the base itself, for a pack of one.
             recipes: one a run.
-            steps: how many steps there will be.
+            steps: how many steps each run has in all.
+            done: how many of them it has made before; None: none.
+            length: how many steps there will be at most; None: until the first run ends.
             ratios: a factor on the learning rate for each packed parameter and run.
             keep_gradients: keep each step's clipped gradient for `end`.
             base: an optimizer for `plain` in place of AdamW.
             storage: how moments are kept; None: in fp32 on the device.
+            rows: the runs that each packed parameter belongs to, (first, after the last); those of all runs come last.
 
         Raises:
             UserError: memory cannot be paged where the parameters are.
@@ -109,18 +159,27 @@ class PackedAdamW:
         self.packed, self.plain, self.runs = list(packed), list(plain), len(recipes)
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
         device = (self.packed + self.plain)[0].device
-        table = [[r.rate(step, steps) for r in recipes] for step in range(steps)]
-        self.rates = table
+        self.steps = tuple([steps] * self.runs if isinstance(steps, int) else steps)
+        """Steps in all, by run."""
+        self.done = tuple([0] * self.runs if done is None else done)
+        """Steps made before, by run."""
+        left = min(n - d for n, d in zip(self.steps, self.done, strict=True))
+        length = left if length is None else length
+        assert 0 < length <= left, (length, self.steps, self.done)
+        own = list(zip(recipes, self.done, self.steps, strict=True))
+        self.rates = [[r.rate(before + step, total) for r, before, total in own] for step in range(length)]
         """Learning rate by step and run, on the host."""
-        # Row t: every run's rate, then 1 − β₁ᵗ⁺¹ and 1 − β₂ᵗ⁺¹, computed in float64.
-        rows = [[*rates, 1 - beta1**t, 1 - beta2**t] for t, rates in enumerate(table, start=1)]
-        self._table = torch.tensor(rows, dtype=torch.float32, device=device)
+        # Row t: every run's rate, then 1 − β₁ᵗ⁺¹ and 1 − β₂ᵗ⁺¹ by its own t, computed in float64.
+        numbers = [[before + step for before in self.done] for step in range(1, length + 1)]
+        corrections = [[[1 - beta**t for t in row] for beta in (beta1, beta2)] for row in numbers]
+        lines = [[*rates, *first, *second] for rates, (first, second) in zip(self.rates, corrections, strict=True)]
+        self._table = torch.tensor(lines, dtype=torch.float32, device=device)
         self._row = torch.zeros(1, dtype=torch.int64, device=device)
         self._clip = torch.tensor([r.clip_norm or math.inf for r in recipes], device=device)
         self.alive = torch.ones(self.runs, dtype=torch.bool, device=device)
         """Runs that have stayed finite so far [R]."""
         self.step_count = 0
-        self._flatten(recipes, device, ratios)
+        self._flatten(recipes, device, ratios, rows)
         self._gradient = torch.zeros_like(self.flat) if keep_gradients else None
         """The last step's clipped gradient, at one address for good: a replayed step writes where the first one did."""
         self._fused = base
@@ -156,28 +215,38 @@ class PackedAdamW:
 
     @torch.no_grad()
     def _flatten(
-        self, recipes: Sequence[Recipe], device: torch.device, ratios: Sequence[Sequence[float]] | None
+        self,
+        recipes: Sequence[Recipe],
+        device: torch.device,
+        ratios: Sequence[Sequence[float]] | None,
+        rows: Sequence[tuple[int, int]] | None,
     ) -> None:
-        sizes = [p[0].numel() for p in self.packed]
+        spans = [(0, self.runs)] * len(self.packed) if rows is None else list(rows)
+        ends = [0] * self.runs
+        self._places: dict[int, Place] = {}
+        for p, (first, last) in zip(self.packed, spans, strict=True):
+            start = max(ends[first:last])
+            ends[first:last] = [start + p[0].numel()] * (last - first)
+            self._places[id(p)] = Place(slice(first, last), slice(start, start + p[0].numel()))
         # 8-bit moments come in whole blocks: columns at the end belong to no parameter
-        width = self.storage.width(sum(sizes))
-        self.flat = torch.empty((self.runs, width), dtype=torch.float32, device=device)
-        self.flat[:, sum(sizes) :] = 0
-        self._padding = torch.zeros((self.runs, width - sum(sizes)), device=device)
-        decays = torch.zeros_like(self.flat[:1])
+        used = max(ends, default=0)
+        width = self.storage.width(used)
+        self._blocks = _blocks(self.packed, spans, self.runs)
+        self.flat = torch.zeros((self.runs, width), dtype=torch.float32, device=device)
+        self._padding = torch.zeros((self.runs, width - used), device=device)
+        even = all(span == (0, self.runs) for span in spans)
+        decays = torch.zeros_like(self.flat[:1] if even else self.flat)
         uneven = ratios is not None and any(r != 1 for row in ratios for r in row)
         self._ratios = torch.ones_like(self.flat) if uneven else None
-        self._places: dict[int, tuple[int, int]] = {}
-        start = 0
-        for i, (p, size) in enumerate(zip(self.packed, sizes, strict=True)):
-            part = self.flat[:, start : start + size]
-            part.copy_(p.reshape(self.runs, size))
+        for i, p in enumerate(self.packed):
+            place = self._places[id(p)]
+            part = self.flat[place.rows, place.columns]
+            part.copy_(p.reshape(part.shape))
             p.data = part.view(p.shape)
-            self._places[id(p)] = start, size
             if self._ratios is not None and ratios is not None:
-                self._ratios[:, start : start + size] = torch.tensor(list(ratios[i]), device=device).unsqueeze(-1)
-            decays[:, start : start + size] = float(p.dim() > 2)
-            start += size
+                own = torch.tensor(list(ratios[i]), device=device).unsqueeze(-1)
+                self._ratios[place.rows, place.columns] = own
+            decays[slice(None) if even else place.rows, place.columns] = float(p.dim() > 2)
         self._moments = self.storage.moments(self.runs, width, device)
         rates = torch.tensor([r.weight_decay for r in recipes], device=device)
         self._decay = decays * rates.unsqueeze(-1) if any(r.weight_decay for r in recipes) else None
@@ -217,8 +286,15 @@ class PackedAdamW:
         """Return all packed gradients as one tensor [R, N], and clear them."""
         if not self.packed:
             return self.flat
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.packed]
-        grad = torch.cat([*(g.reshape(self.runs, -1) for g in parts), self._padding], dim=1)
+        parts = _gradients(self._blocks.whole, self.runs)
+        if self._blocks.partial:
+            blocks = [
+                torch.cat([self._padding[:count, :0], *_gradients(block, count)], dim=1)
+                for count, block in self._blocks.partial
+            ]
+            widest = max(block.shape[1] for block in blocks)
+            parts.insert(0, torch.cat([nn.functional.pad(b, (0, widest - b.shape[1])) for b in blocks]))
+        grad = torch.cat([*parts, self._padding], dim=1)
         for p in self.packed:
             p.grad = None
         return grad
@@ -239,8 +315,8 @@ class PackedAdamW:
         """Return what a method sees of the step just made; needs `keep_gradients`."""
         assert self._gradient is not None, "gradients were not kept"
         return StepEnd(
-            self.step_count,
-            len(self.rates),
+            [before + self.step_count for before in self.done],
+            self.steps,
             lambda p: self._part(self._gradient, p),
             self._moments_of,
             self._set_moments,
@@ -249,29 +325,32 @@ class PackedAdamW:
 
     def _part(self, flat: Tensor | None, parameter: nn.Parameter) -> Tensor:
         assert flat is not None
-        start, size = self._places[id(parameter)]
-        return flat[:, start : start + size].reshape(parameter.shape)
+        place = self._places[id(parameter)]
+        return flat[place.rows, place.columns].reshape(parameter.shape)
 
     def _moments_of(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
-        start, size = self._places[id(parameter)]
-        columns = self._moments.around(start, start + size)
-        first = start - columns.start
-        mean, square = (m[:, first : first + size].reshape(parameter.shape) for m in self._moments.read(columns))
+        place = self._places[id(parameter)]
+        columns, own = self._around(place)
+        mean, square = (m[place.rows, own].reshape(parameter.shape) for m in self._moments.read(columns))
         return mean, square
 
     @torch.no_grad()
     def _set_moments(self, parameter: nn.Parameter, mean: Tensor, square: Tensor) -> None:
-        start, size = self._places[id(parameter)]
-        columns = self._moments.around(start, start + size)
-        first = start - columns.start
+        place = self._places[id(parameter)]
+        columns, own = self._around(place)
         with self._moments.opened(columns) as moments:
             for kept, given in zip(moments, (mean, square), strict=True):
-                kept[:, first : first + size] = given.reshape(self.runs, size)
+                kept[place.rows, own] = given.reshape(len(kept[place.rows]), -1)
+
+    def _around(self, place: Place) -> tuple[slice, slice]:
+        """Return the moments' columns that can be read and hold the place's, and where in them these are."""
+        columns = self._moments.around(place.columns.start, place.columns.stop)
+        return columns, slice(place.columns.start - columns.start, place.columns.stop - columns.start)
 
     def _update_packed(self, grad: Tensor, shrink: Tensor, now: Tensor) -> None:
         if not self.packed:
             return
-        rates, first, second = now[: self.runs].unsqueeze(-1), now[-2], now[-1]
+        rates, first, second = (part.unsqueeze(-1) for part in now.split(self.runs))
         dead = self.alive.logical_not().unsqueeze(-1)
         grad.mul_(shrink).masked_fill_(dead, 0.0)
         if self._gradient is not None:
@@ -296,7 +375,7 @@ class PackedAdamW:
         for group in self._fused.param_groups:
             group["lr"] = now[0]
         if isinstance(self._fused, BlockwiseAdamW):
-            self._fused.corrections = now[-2], now[-1]
+            self._fused.corrections = now[1], now[2]
         # The fused kernel skips its update where this flag is 1: a run no longer finite stays put without a host sync.
         self._fused.found_inf = 1.0 - self.alive[0].float()  # type: ignore[attr-defined]
         self._fused.step()

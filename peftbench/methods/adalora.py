@@ -41,6 +41,7 @@ from peftbench.methods.base import (
     Traits,
     normal,
     require,
+    unpadded,
 )
 from peftbench.methods.peft_format import SiteFormat, fan_in_fan_out, refuse, target_modules, targets, transposed
 from peftbench.models.roles import Site, linear_sites
@@ -104,14 +105,24 @@ class Allocator(Delta):
         self.matrices = len(deltas)
         self.sensitivity: dict[tuple[int, str], Tensor] = {}
         self.uncertainty: dict[tuple[int, str], Tensor] = {}
+        self._first: Sequence[int] | None = None
+        self._resumed: dict[int, dict[str, Tensor]] = {}
 
-    def begin(self, steps: int) -> None:
-        """Plan a run of `steps` steps and forget what was measured before."""
-        plan = [[m.budget(step, steps, self.matrices) for m in self.methods] for step in range(1, steps + 1)]
-        fixed = [steps - m.phases(steps)[1] for m in self.methods]
+    def begin(self, step: Sequence[int], steps: Sequence[int]) -> None:
+        """Plan from `step` of each run, of `steps`, until the first of them ends; forget what was measured before."""
+        self._first = step
+        fixed = [n - m.phases(n)[1] for m, n in zip(self.methods, steps, strict=True)]
+        numbers = [[s + k for s in step] for k in range(1 + min(n - s for s, n in zip(step, steps, strict=True)))]
+        # a run of so few steps that its final phase comes before any measurement prunes nothing
+        plan = [
+            [
+                m.budget(s, n, self.matrices) if last > 1 else None
+                for m, s, n, last in zip(self.methods, row, steps, fixed, strict=True)
+            ]
+            for row in numbers
+        ]
         full = [m.first_rank * self.matrices for m in self.methods]
-        numbers = list(range(1, steps + 1))
-        scoring = [[step < last for last in fixed] for step in numbers]
+        scoring = [[s < last for s, last in zip(row, fixed, strict=True)] for row in numbers]
         device = self.groups[0][0].E.device
         self.measures = [any(row) for row in scoring]
         self.prunes = [any(b is not None for b in row) for row in plan]
@@ -120,7 +131,8 @@ class Allocator(Delta):
         """Triplets to prune by step and run [steps, R]."""
         self.acting = torch.tensor([[b is not None for b in row] for row in plan], device=device)
         """Whether singular values are zeroed after a step [steps, R]."""
-        self.allocating = self.acting & torch.tensor([[s <= last for last in fixed] for s in numbers], device=device)
+        early = [[s <= last for s, last in zip(row, fixed, strict=True)] for row in numbers]
+        self.allocating = self.acting & torch.tensor(early, device=device)
         """Whether the pruned triplets are chosen anew [steps, R]; afterwards the last choice holds."""
         self.rate1, self.rate2 = (
             torch.tensor([[(1 - beta) * on for beta, on in zip(betas, row, strict=True)] for row in scoring]).to(device)
@@ -131,6 +143,31 @@ class Allocator(Delta):
         self.pruned = torch.zeros_like(self.real)
         self.sensitivity.clear()
         self.uncertainty.clear()
+        for run, kept in self._resumed.items():
+            for name, view in self._kept(run).items():
+                view.copy_(kept[name])
+        self._resumed.clear()
+
+    def _kept(self, run: int) -> dict[str, Tensor]:
+        """Return views of what was measured of one run and chosen for it, without padding."""
+        found = {}
+        pruned = self._by_site(self.pruned)
+        for i, group in enumerate(self.groups):
+            for k, delta in enumerate(group):
+                found[f"{i}.{k}.pruned"] = unpadded(pruned[i][k], run, delta.shapes["E"][run])
+                for name in ("A", "E", "B"):
+                    zeros = torch.zeros((len(group), *getattr(delta, name).shape), device=delta.E.device)
+                    for what, measured in (("sensitivity", self.sensitivity), ("uncertainty", self.uncertainty)):
+                        whole = measured.setdefault((i, name), zeros.clone())
+                        found[f"{i}.{k}.{name}.{what}"] = unpadded(whole[k], run, delta.shapes[name][run])
+        return found
+
+    def between_steps(self, run: int) -> dict[str, Tensor]:
+        return self._kept(run) if self.sensitivity else {}
+
+    def resume(self, run: int, kept: dict[str, Tensor]) -> None:
+        if kept:
+            self._resumed[run] = kept
 
     def penalty(self) -> Tensor:
         """Return each run's orthogonality term [R]; a padded rank counts as orthogonal. One product a shape of site."""
@@ -147,16 +184,23 @@ class Allocator(Delta):
         """Join [K, R, r] of all groups to [R, M]."""
         return torch.cat([part.transpose(0, 1).flatten(1) for part in parts], dim=1)
 
+    def _by_site(self, joined: Tensor) -> list[list[Tensor]]:
+        """Return views [R, r] of a tensor as from `_joined`, by group and site."""
+        parts = iter(joined.split([d.E.shape[1] for g in self.groups for d in g], dim=1))
+        return [[next(parts) for _ in group] for group in self.groups]
+
     def step(self, end: StepEnd) -> None:
         """Measure, and prune where the plan says so."""
-        if end.step == 1:
-            self.begin(end.steps)
-        if self.measures[end.step - 1]:
-            self._measure(end)
-        if self.prunes[end.step - 1]:
-            self._prune(end)
+        if self._first is None or 1 in end.step:
+            self.begin(end.step, end.steps)
+        assert self._first is not None
+        row = end.step[0] - self._first[0]
+        if self.measures[row]:
+            self._measure(end, row)
+        if self.prunes[row]:
+            self._prune(end, row)
 
-    def _measure(self, end: StepEnd) -> None:
+    def _measure(self, end: StepEnd, row: int) -> None:
         for i, group in enumerate(self.groups):
             for name in ("A", "E", "B"):
                 parameters = [getattr(delta, name) for delta in group]
@@ -165,8 +209,8 @@ class Allocator(Delta):
                 mean = self.sensitivity.setdefault((i, name), torch.zeros_like(now))
                 spread = self.uncertainty.setdefault((i, name), torch.zeros_like(now))
                 rates = [-1] + [1] * (now.dim() - 2)
-                mean.lerp_(now, self.rate1[end.step - 1].reshape(rates))
-                spread.lerp_(now.sub_(mean).abs_(), self.rate2[end.step - 1].reshape(rates))
+                mean.lerp_(now, self.rate1[row].reshape(rates))
+                spread.lerp_(now.sub_(mean).abs_(), self.rate2[row].reshape(rates))
 
     def scores(self) -> Tensor:
         """Return the importance of every triplet [R, M]."""
@@ -176,19 +220,16 @@ class Allocator(Delta):
             parts.append(e + a.mean(dim=2) + b.mean(dim=3))
         return self._joined(parts)
 
-    def _prune(self, end: StepEnd) -> None:
-        if not self.sensitivity:  # a run of so few steps that its final phase comes before any measurement
-            return
-        row = end.step - 1
+    def _prune(self, end: StepEnd, row: int) -> None:
         cut = self.cut[row].unsqueeze(1)
         scores = self.scores().masked_fill(~self.real, torch.inf)
         threshold = scores.sort(dim=1).values.gather(1, (cut - 1).clamp(min=0))
         chosen = (scores <= threshold) & (cut > 0)
         self.pruned = torch.where(self.allocating[row].unsqueeze(1), chosen, self.pruned)
         zeroed = self.pruned & (self.acting[row] & end.alive).unsqueeze(1)
-        deltas = [delta for group in self.groups for delta in group]
-        for delta, part in zip(deltas, zeroed.split([d.E.shape[1] for d in deltas], dim=1), strict=True):
-            delta.E.masked_fill_(part, 0.0)
+        for group, parts in zip(self.groups, self._by_site(zeroed), strict=True):
+            for delta, part in zip(group, parts, strict=True):
+                delta.E.masked_fill_(part, 0.0)
 
 
 def _column(tensor: Tensor) -> Tensor:

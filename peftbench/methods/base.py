@@ -41,20 +41,25 @@ class StepEnd:
     """What a method sees once the optimizer has made a step, for all runs of a pack.
 
     Attributes:
-        step: steps done, from 1.
-        steps: steps in all.
+        step: steps each run has done, from 1; R numbers.
+        steps: steps each run has in all; R numbers.
         gradient: the clipped gradient [R, ...] of one of the adapter's parameters in this step.
         moments: a parameter's first and second moment in the optimizer, both [R, ...].
         set_moments: puts a parameter's moments back.
         alive: runs that have stayed finite so far, [R].
     """
 
-    step: int
-    steps: int
+    step: Sequence[int]
+    steps: Sequence[int]
     gradient: Callable[[nn.Parameter], Tensor]
     moments: Callable[[nn.Parameter], tuple[Tensor, Tensor]]
     set_moments: Callable[[nn.Parameter, Tensor, Tensor], None]
     alive: Tensor
+
+    def of(self, first: int, last: int) -> StepEnd:
+        """Return the same for the runs from `first` to the one before `last`."""
+        own = slice(first, last)
+        return dataclasses.replace(self, step=self.step[own], steps=self.steps[own], alive=self.alive[own])
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class Traits:
     """Works on a base whose linear maps are stored in 4 bits."""
 
 
-def _unpadded(stacked: Tensor, run: int, shape: Sequence[int]) -> Tensor:
+def unpadded(stacked: Tensor, run: int, shape: Sequence[int]) -> Tensor:
     """View one run's own part of a padded stack [R, ...]."""
     part = stacked[run]
     for dimension, size in enumerate(shape):
@@ -119,7 +124,7 @@ class Delta(nn.Module):
         shape: list[int] = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
         stacked = torch.zeros([self.runs, *shape], dtype=torch.float32)
         for run, tensor in enumerate(tensors):
-            _unpadded(stacked, run, tensor.shape).copy_(tensor)
+            unpadded(stacked, run, tensor.shape).copy_(tensor)
         self.shapes[name] = [t.shape for t in tensors]
         return stacked
 
@@ -142,14 +147,25 @@ class Delta(nn.Module):
         """Return what this delta adds to each run's loss [R], or None."""
         return None
 
+    def between_steps(self, run: int) -> dict[str, Tensor]:
+        """Return what one run keeps from step to step beside its parameters, without padding; nothing by default.
+
+        A run may go on among other neighbours: what this gives is handed to `resume` there.
+        """
+        return {}
+
+    def resume(self, run: int, kept: dict[str, Tensor]) -> None:
+        """Take over what `between_steps` gave of a run; before the first step."""
+        assert not kept, f"{type(self).__name__} keeps nothing between steps"
+
     def run_state(self, run: int) -> dict[str, Tensor]:
         """Return views of this run's parameters, without padding."""
         names = (name for name in self.shapes if name not in self.drawn)
-        return {name: _unpadded(getattr(self, name), run, self.shapes[name][run]) for name in names}
+        return {name: unpadded(getattr(self, name), run, self.shapes[name][run]) for name in names}
 
     def run_drawn(self, run: int) -> dict[str, Tensor]:
         """Return views of this run's frozen random tensors, without padding."""
-        return {name: _unpadded(getattr(self, name), run, self.shapes[name][run]) for name in self.drawn}
+        return {name: unpadded(getattr(self, name), run, self.shapes[name][run]) for name in self.drawn}
 
     @torch.no_grad()
     def load_run_state(self, state: dict[str, Tensor], run: int) -> None:

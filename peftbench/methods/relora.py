@@ -151,8 +151,8 @@ class Relora(Method):
     def after_step(
         cls, methods: Sequence[Relora], deltas: Sequence[tuple[Site, Delta]], shared: Delta | None, end: StepEnd
     ) -> None:
-        (method,) = methods
-        if end.step not in restart_steps(method.restarts, end.steps):
+        (method,), (step,), (steps,) = methods, end.step, end.steps
+        if step not in restart_steps(method.restarts, steps):
             return
         for site, delta in deltas:
             assert isinstance(delta, ReloraDelta)

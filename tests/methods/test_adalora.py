@@ -109,21 +109,22 @@ def test_the_allocator_prunes_what_hf_peft_s_prunes(monkeypatch):
                 gradient = end.gradient(getattr(delta, name))[0]
                 mirror.get_submodule(f"{i}.lora_{name}").default.grad = peft_shaped(gradient).clone()
         last = STEPS - config.tfinal
-        if end.step <= last:
-            _, found = allocator.update_and_allocate(mirror, end.step, force_mask=end.step == last)
+        (now,) = end.step
+        if now <= last:
+            _, found = allocator.update_and_allocate(mirror, now, force_mask=now == last)
             theirs["pattern"] = found or theirs.get("pattern")
         else:
             allocator.mask_using_rank_pattern(mirror, theirs["pattern"])
         prune(cls, methods, deltas, shared, end)
         for i, (_, delta) in enumerate(deltas):
-            assert torch.equal(delta.E[0], mirror.get_submodule(f"{i}.lora_E").default.flatten()), end.step
-            if end.step <= last:
+            assert torch.equal(delta.E[0], mirror.get_submodule(f"{i}.lora_E").default.flatten()), now
+            if now <= last:
                 for mine, smoothed in (
                     (shared.sensitivity, allocator.exp_avg_ipt),
                     (shared.uncertainty, allocator.exp_avg_unc),
                 ):
                     torch.testing.assert_close(mine[0, "E"][i, 0], smoothed[f"{i}.lora_E.default"].flatten())
-        if end.step > last or found is not None:
+        if now > last or found is not None:
             counts.append(sum(kept(Pair(deltas))))
 
     monkeypatch.setattr(AdaLora, "after_step", classmethod(both))
@@ -165,7 +166,7 @@ def test_unlike_runs_of_a_pack_train_as_they_do_alone():
 def test_a_second_training_starts_measuring_afresh():
     adapter = trained([QUICK], [0])
     allocator = adapter.shared
-    allocator.begin(STEPS)
+    allocator.begin([1], [STEPS])
     assert not allocator.pruned.any()
     assert not allocator.sensitivity
 
@@ -180,7 +181,7 @@ def test_a_run_that_diverged_is_left_where_it_stands():
     model(**batch(4)).last_hidden_state.square().mean().backward()
     optimizer.step(torch.tensor([float("nan"), 1.0]))
     for step in range(4):
-        adapter.after_step(dataclasses.replace(optimizer.end(), step=step + 1))
+        adapter.after_step(dataclasses.replace(optimizer.end(), step=[step + 1] * 2))
     assert kept(adapter, 0) == [3] * 4
     assert sum(kept(adapter, 1)) == 8
 

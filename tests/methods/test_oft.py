@@ -103,7 +103,7 @@ def test_training_equals_peft_s_with_every_option(settings, tmp_path):
             out = hidden(net, batch(4, step))
             (out - torch.randn(out.shape, generator=torch.Generator().manual_seed(step))).square().mean().backward()
             optimizer.step()
-        adapter.after_step(StepEnd(step + 1, 6, lambda p: p, lambda p: (p, p), lambda p, a, b: None, torch.ones(1)))
+        adapter.after_step(StepEnd([step + 1], [6], lambda p: p, lambda p: (p, p), lambda p, a, b: None, torch.ones(1)))
     want = hidden(theirs, batch(4))
     torch.testing.assert_close(hidden(model, batch(4)), want, rtol=1e-4, atol=1e-5)
     assert (want - hidden(fresh("tiny-bert"), batch(4))).abs().max() > 1e-3
