@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from peftbench import environment, verify
 from peftbench.assembly import Assembly, Setting, assembled, backbone_of, free
+from peftbench.clock import Clock
 from peftbench.cost import cost_of
 from peftbench.engine import evaluation, objectives
 from peftbench.engine.batches import TokenTable, make_buckets, packed_batches, steps_per_epoch
@@ -289,15 +291,23 @@ def run_pack(
     waiting: list[tuple[Sequence[RunSpec], tuple[int, ...]]] = [(specs, ())]
     while waiting:
         pack, too_many = waiting.pop(0)
-        costs, outcome = _attempt(pack, store, listener, save_adapters)
+        clock = Clock(listener, functools.partial(_settle, torch.device(specs[0].device)))
+        costs, outcome = _attempt(pack, store, cast(Listener, clock), save_adapters)
+        seconds = clock.seconds()
         if len(pack) > 1 and all(status == "out_of_memory" for status in outcome.statuses):
             free(torch.device(specs[0].device))
             half = (len(pack) + 1) // 2
             listener.note(f"out of memory with {len(pack)} runs side by side: now at most {half}")
             waiting[:0] = [(part, (*too_many, len(pack))) for part in (pack[:half], pack[half:])]
             continue
-        records += _recorded(pack, costs, outcome, too_many, store, listener)
+        records += _recorded(pack, costs, outcome, too_many, seconds, store, listener)
     return records
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        with contextlib.suppress(RuntimeError):  # what broke the device is the runs' own error, told there
+            torch.cuda.synchronize(device)
 
 
 def _attempt(
@@ -332,14 +342,18 @@ def _recorded(
     costs: Sequence[dict[str, Any] | None],
     outcome: Outcome,
     too_many: tuple[int, ...],
+    seconds: dict[str, float],
     store: Store,
     listener: Listener,
 ) -> list[RunRecord]:
-    """Write and return the records of a pack; `too_many` are the sizes of packs of these runs that did not fit."""
+    """Write and return the records of a pack.
+
+    `too_many` are the sizes of packs of these runs that did not fit, `seconds` what each phase of the pack took.
+    """
     about = environment.describe(specs[0].device)
     records = []
     for run, spec in enumerate(specs):
-        pack: dict[str, Any] = {"size": len(specs), "index": run}
+        pack: dict[str, Any] = {"size": len(specs), "index": run, "seconds": seconds}
         record = RunRecord(
             run_id=spec.run_id,
             status=outcome.statuses[run],
