@@ -245,7 +245,7 @@ def panels(records: Sequence[Record], runs: pd.DataFrame, chosen: pd.DataFrame) 
     for record in sorted(records, key=lambda r: (str(r.get("run_id")), r.get("status") != "completed")):
         by_id.setdefault(str(record.get("run_id")), record)
     scored: dict[str, list[dict[Any, Any]]] = {}
-    for run in rows_of(runs[(runs["status"] == "completed") & runs["test"].notna()]):
+    for run in rows_of(runs[runs["test"].notna()]):  # completed ones, as `frame` has it
         scored.setdefault(run["configuration"], []).append(run)
     found = []
     for _, group in chosen[chosen["seeds"] > 0].groupby(PANEL, sort=True, dropna=False):

@@ -23,17 +23,13 @@ def tiers(apart: ArrayLike) -> list[tuple[int, ...]]:
         apart: symmetric, true where two methods were told apart [C, C], the methods in order of merit.
     """
     differ = np.asarray(apart, dtype=bool)
-    groups = [frozenset(range(len(differ)))]
+    groups = {frozenset(range(len(differ)))}
     for i in range(len(differ)):
         for j in np.flatnonzero(differ[i, i + 1 :]) + i + 1:
-            split = [g - {k} for g in groups if i in g and j in g for k in (i, int(j))]
-            kept = [g for g in groups if i not in g or j not in g]
-            # Only halves of what was just split can lie within another group.
-            groups = kept + [
-                g
-                for n, g in enumerate(split)
-                if not any(g <= other for other in kept + split[:n]) and not any(g < other for other in split[n + 1 :])
-            ]
+            kept = {g for g in groups if not {i, j} <= g}
+            halves = {g - {k} for g in groups - kept for k in (i, int(j))}
+            # Only halves can lie within another group: what is kept did not lie within the whole.
+            groups = kept | {half for half in halves if not any(half < other for other in kept | halves)}
     return _needed(sorted(tuple(sorted(g)) for g in groups))
 
 
