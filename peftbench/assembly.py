@@ -159,6 +159,7 @@ class Assembly:
             beta2=c.beta2,
             epsilon=c.epsilon,
             ratios=self.adapter.rate_ratios() + even,
+            rows=self.adapter.rows() + [(0, self.adapter.runs)] * len(even),
             keep_gradients=self.adapter.watches_steps,
             base=self.setting.methods[0].base_optimizer(
                 plain, (c.beta1, c.beta2), c.epsilon, self.setting.recipes[0].weight_decay

@@ -99,41 +99,82 @@ def points(demand: Demand, declared: Mapping[str, frozenset[str]]) -> tuple[list
     return list(found.values()), lines
 
 
+METHODS_OWN = ("method", "method_files")
+"""What a run's identity says of its method."""
+
+
+def _common(spec: RunSpec) -> list[Any]:
+    """Return what all runs of a pack have in common, whatever their methods."""
+    return [
+        spec.model,
+        spec.task,
+        {k: v for k, v in spec.train.items() if k not in PER_RUN_TRAIN},
+        spec.profile,
+        spec.protocol,
+        spec.device,
+        {k: v for k, v in spec.identity.items() if k not in METHODS_OWN},
+    ]
+
+
 def pack_key(spec: RunSpec, free: Iterable[str]) -> str:
-    """Return what runs of one pack have in common, as text; `free` are the method's settings that may differ."""
+    """Return what runs of one kind in a pack have in common, as text; `free` are method settings that may differ."""
     free = set(free)
-    return canonical(
-        [
-            spec.model,
-            {k: v for k, v in spec.method.items() if k not in free},
-            spec.task,
-            {k: v for k, v in spec.train.items() if k not in PER_RUN_TRAIN},
-            spec.profile,
-            spec.protocol,
-            spec.device,
-            spec.identity,
-        ]
-    )
+    own = {k: v for k, v in spec.identity.items() if k in METHODS_OWN}
+    return canonical([_common(spec), {k: v for k, v in spec.method.items() if k not in free}, own])
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How a run can share a pass through the base.
+
+    Attributes:
+        packable: with others at all.
+        free: settings of its method that may differ between runs of that method.
+        company: what methods that can share a pack have in common; None: the run's own method only.
+    """
+
+    packable: bool
+    free: frozenset[str] = frozenset()
+    company: str | None = None
 
 
 def packs(
     specs: Sequence[RunSpec],
-    sharing: Callable[[RunSpec], tuple[bool, frozenset[str]]],
+    sharing: Callable[[RunSpec], Sharing],
     size: int | Callable[[Sequence[RunSpec]], int],
 ) -> list[list[RunSpec]]:
-    """Group runs that can share a base into packs of even sizes, in order of first appearance.
+    """Group runs that can share a base into packs, in order of first appearance, runs of one kind side by side.
+
+    Runs of one kind (the same method, and settings that may differ in its packs) fill packs of their own, which are the
+    fastest. What is left over of several kinds that keep company is packed together.
 
     Args:
-        sharing: tells of a run whether its method can be packed at all, and which of its settings may differ in a pack.
         size: how many go into one pack at most, or what tells that of runs that can share a base.
     """
-    groups: dict[str, list[RunSpec]] = {}
+    companies: dict[str, dict[str, list[RunSpec]]] = {}
     for spec in specs:
-        packable, free = sharing(spec)
-        groups.setdefault(pack_key(spec, free) if packable else spec.run_id, []).append(spec)
+        share = sharing(spec)
+        kind = pack_key(spec, share.free) if share.packable else spec.run_id
+        alone = not share.packable or share.company is None
+        wide = kind if alone else canonical([_common(spec), share.company])
+        companies.setdefault(wide, {}).setdefault(kind, []).append(spec)
     found: list[list[RunSpec]] = []
-    for members in groups.values():
-        count = math.ceil(len(members) / (size(members) if callable(size) else size))
-        bounds = [len(members) * i // count for i in range(count + 1)]
-        found += [members[low:high] for low, high in itertools.pairwise(bounds)]
+    for kinds in companies.values():
+        members = [spec for kind in kinds.values() for spec in kind]
+        most = size(members) if callable(size) else size
+        if len(kinds) == 1:
+            found += _evenly(members, most)
+            continue
+        left: list[RunSpec] = []
+        for alike in kinds.values():
+            whole = len(alike) // most * most
+            found += [alike[i : i + most] for i in range(0, whole, most)]
+            left += alike[whole:]
+        found += _evenly(left, most)
     return found
+
+
+def _evenly(members: Sequence[RunSpec], most: int) -> list[list[RunSpec]]:
+    count = math.ceil(len(members) / most)
+    bounds = [len(members) * i // count for i in range(count + 1)] if count else [0]
+    return [list(members[low:high]) for low, high in itertools.pairwise(bounds)]

@@ -8,7 +8,7 @@ from typing import Any
 from peftbench import environment, registry
 from peftbench.config import PROTOCOLS, ModelConfig, ProfileConfig, TrainConfig, as_dict, build, in_range, one_of
 from peftbench.errors import UserError, nearest
-from peftbench.plan import GROUPS, Demand, Point, as_grid, flatten, packs, points
+from peftbench.plan import GROUPS, Demand, Point, Sharing, as_grid, flatten, packs, points
 from peftbench.record import DEFAULT_OPTIMIZER, RunSpec, canonical, plain
 
 AUTO_PACK = {"cuda": 8, "cpu": 4}
@@ -335,15 +335,22 @@ class Resolver:
             point[key] = value
         return point
 
-    def sharing(self, spec: RunSpec) -> tuple[bool, frozenset[str]]:
-        """Tell whether the run can be packed, and which of its method's settings may differ in a pack."""
+    def sharing(self, spec: RunSpec) -> Sharing:
+        """Tell how the run can share a pass through the base."""
+        from peftbench.methods.pack import company
         from peftbench.models.roles import packable
 
         cls = self._once(
             ("class", spec.method["_target_"]), lambda: registry.load_class(spec.method["_target_"], "method")
         )
         family = spec.model.get("family") or (spec.model.get("architecture") or {}).get("model_type")
-        return cls.traits.packable and packable(family), frozenset(cls.traits.free_in_pack)
+        plain = spec.train.get("optimizer", DEFAULT_OPTIMIZER) == DEFAULT_OPTIMIZER
+        return Sharing(
+            cls.traits.packable and packable(family),
+            frozenset(cls.traits.free_in_pack),
+            # blocks of 8-bit state would lie otherwise than alone
+            company(cls.traits.sites, spec.method.get("length")) if plain else None,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

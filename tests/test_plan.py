@@ -1,11 +1,12 @@
 """Grids → points → packs."""
 
+import dataclasses
 import time
 
 import pytest
 
 from peftbench.errors import UserError
-from peftbench.plan import Demand, as_grid, packs, points
+from peftbench.plan import Demand, Sharing, as_grid, packs, points
 from tests.conftest import make_spec
 
 DECLARED = {"full": frozenset(), "lora": frozenset({"rank", "alpha"}), "houlsby": frozenset({"bottleneck"})}
@@ -81,7 +82,44 @@ def test_yaml_mappings_become_grids():
 
 
 def share(spec):
-    return spec.method["name"] != "full", frozenset({"rank", "alpha"})
+    return Sharing(spec.method["name"] != "full", frozenset({"rank", "alpha"}))
+
+
+def mix(spec):
+    return dataclasses.replace(share(spec), company="prompts" if spec.method["name"] == "prompt" else "rows")
+
+
+def names(found):
+    return ["".join(spec.method["name"][0] for spec in pack) for pack in found]
+
+
+def of(**counts):
+    return [
+        make_spec(**{"method.name": name, "seed": s, "identity.method": len(name)})
+        for name, n in counts.items()
+        for s in range(n)
+    ]
+
+
+def test_methods_that_keep_company_share_packs_when_their_own_are_full():
+    specs = of(lora=5, ia3=2, prompt=2, full=2, houlsby=1)
+    assert names(packs(specs, mix, 4)) == ["llll", "liih", "pp", "f", "f"]
+    assert names(packs(specs, mix, 8)) == ["llllliih", "pp", "f", "f"]
+    assert names(packs(of(lora=3, ia3=3), mix, 6)) == ["llliii"]
+    assert names(packs(of(lora=3, ia3=3), mix, 1)) == ["l", "l", "l", "i", "i", "i"]
+    other = make_spec(**{"method.name": "ia3", "identity.data": "x"})
+    assert names(packs([*of(lora=1), other], mix, 4)) == ["l", "i"]
+
+
+def test_the_size_of_a_mixed_pack_is_asked_for_all_that_keep_company():
+    asked = []
+
+    def size(members):
+        asked.append(len(members))
+        return 4
+
+    packs(of(lora=5, ia3=2, prompt=1), mix, size)
+    assert asked == [7, 1]
 
 
 def test_packs_hold_what_can_share_a_base():

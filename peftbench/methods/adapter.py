@@ -54,7 +54,8 @@ class Adapter:
         rewritten: the base's parameters that the method changes itself, by name (likewise).
     """
 
-    def __init__(self, model: nn.Module, methods: Sequence[Method], seeds: Sequence[int]) -> None:
+    def __init__(self, model: nn.Module, methods: Sequence[Method], seeds: Sequence[int], *, act: bool = True) -> None:
+        """Build the deltas, and put them in at their sites unless someone else does (`act`)."""
         first = methods[0]
         _check_pack(methods, model)
         check_base(first, model)
@@ -93,7 +94,8 @@ class Adapter:
         for p in self.trained.values():
             p.requires_grad_(True)
         try:
-            self._injection.add_all(self.deltas, shared_inputs(model))
+            if act:
+                self._injection.add_all(self.deltas, shared_inputs(model))
         except BaseException:
             self.detach()
             raise
@@ -127,8 +129,15 @@ class Adapter:
 
     def rate_ratios(self) -> list[list[float]]:
         """Return, for each of `packed_parameters`, its learning rate over the run's own, one number a run."""
-        even = [1.0] * self.runs
-        return [delta.rate_ratios.get(name, even) for _, delta in self.parts for name, _ in delta.named_parameters()]
+        return [
+            delta.rate_ratios.get(name, [1.0] * delta.runs)
+            for _, delta in self.parts
+            for name, _ in delta.named_parameters()
+        ]
+
+    def rows(self) -> list[tuple[int, int]]:
+        """Return, for each of `packed_parameters`, the runs of the pack that it belongs to: (first, after the last)."""
+        return [(0, self.runs)] * len(self.packed_parameters())
 
     def parameter_count(self, run: int = 0) -> int:
         """Return how many parameters `run` trains, padding left out."""
@@ -380,11 +389,16 @@ def check_base(method: Method, model: nn.Module) -> None:
         )
 
 
+def check_rows(model: nn.Module, runs: int) -> None:
+    """Raise UserError if the model cannot tell the rows of several runs apart."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if runs > 1 and not packable(model_type):
+        raise UserError(f"{model_type} models share tensors between rows: {runs} runs cannot share a pass")
+
+
 def _check_pack(methods: Sequence[Method], model: nn.Module) -> None:
     first = methods[0]
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if len(methods) > 1 and not packable(model_type):
-        raise UserError(f"{model_type} models share tensors between rows: {len(methods)} runs cannot share a pass")
+    check_rows(model, len(methods))
     if len(methods) > 1 and not first.traits.packable:
         raise UserError(
             f"{type(first).__name__} trains the base itself: it cannot share it between {len(methods)} runs"
@@ -437,7 +451,8 @@ def attach(
         model: any `transformers` model with a role table (see `peftbench.models.roles`), or any model if `targets`
         names modules.
             A packed model expects batches of rows ordered run by run, [runs·batch, ...].
-        method: a method's name ("lora"), a settings object, or one settings object a run.
+        method: a method's name ("lora"), a settings object, or one settings object a run. Runs of different methods
+            may share the base where all leave the sequence as long as it is, or all lengthen it alike.
         runs: how many independent adapters share the base, when `method` is not a sequence.
         seeds: one seed a run for the adapter's initial values; 0, 1, ... by default.
         tokenizer: for settings that are text, such as a prompt's initial words.
@@ -458,7 +473,10 @@ def attach(
     seeds = range(len(methods)) if seeds is None else seeds
     if len(seeds) != len(methods):
         raise UserError(f"{len(seeds)} seeds for {len(methods)} runs: expected one seed a run")
-    return Adapter(model, methods, list(seeds))
+    from peftbench.methods.pack import MixedAdapter, groups  # made of adapters itself
+
+    kind = Adapter if len(groups(methods)) == 1 else MixedAdapter
+    return kind(model, methods, list(seeds))
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> Adapter:

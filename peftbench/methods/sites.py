@@ -27,6 +27,7 @@ from peftbench.methods.base import (
     LowRankDelta,
     NormDelta,
 )
+from peftbench.methods.mixed import MixedNorm
 from peftbench.models import attention
 from peftbench.models.quantized import QuantizedLinear, autocasts, is_plain_linear
 from peftbench.models.roles import EmbeddingSite, Site, first_input
@@ -225,23 +226,40 @@ def _hidden(injection: Injection, site: Site, delta: HiddenDelta) -> None:
 def _norm(injection: Injection, site: Site, delta: NormDelta) -> None:
     module = site.module
     original = module.forward
+    pieces = delta.pieces if isinstance(delta, MixedNorm) else [(injection.runs, delta)]
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not injection.active:
             return cast(Tensor, original(x, *args, **kwargs))
-        flat = injection.split(x)
-        weight: Tensor | None = getattr(delta, "weight", None)
-        bias: Tensor | None = getattr(delta, "bias", None)
-        weight = cast(Tensor, module.weight).unsqueeze(0) if weight is None else weight
-        if bias is None and getattr(module, "bias", None) is not None:
-            bias = cast(Tensor, module.bias).unsqueeze(0)
-        y = normalize(module, flat.float()) * (weight.float() + site.offset).unsqueeze(1)
-        if bias is not None:
-            y = y + bias.float().unsqueeze(1)
-        return y.to(x.dtype).reshape(x.shape)
+        if len(pieces) == 1:
+            return _affine(site, delta, injection.split(x)).reshape(x.shape)
+        rows = x.shape[0] // injection.split(x).shape[0]
+        parts = zip(pieces, x.split([count * rows for count, _ in pieces]), strict=True)
+        return torch.cat(
+            [
+                original(part, *args, **kwargs)
+                if own is None
+                else _affine(site, cast(NormDelta, own), part.reshape(count, -1, part.shape[-1])).reshape(part.shape)
+                for (count, own), part in parts
+            ]
+        )
 
     module.forward = forward  # type: ignore[method-assign]
     injection.undo.append(lambda: module.__dict__.pop("forward", None))
+
+
+def _affine(site: Site, delta: NormDelta, flat: Tensor) -> Tensor:
+    """Normalise [R, N, D] and apply the runs' own affine parameters, or the frozen ones where they have none."""
+    module = site.module
+    weight: Tensor | None = getattr(delta, "weight", None)
+    bias: Tensor | None = getattr(delta, "bias", None)
+    weight = cast(Tensor, module.weight).unsqueeze(0) if weight is None else weight
+    if bias is None and getattr(module, "bias", None) is not None:
+        bias = cast(Tensor, module.bias).unsqueeze(0)
+    y = normalize(module, flat.float()) * (weight.float() + site.offset).unsqueeze(1)
+    if bias is not None:
+        y = y + bias.float().unsqueeze(1)
+    return y.to(flat.dtype)
 
 
 def normalize(module: nn.Module, x: Tensor) -> Tensor:

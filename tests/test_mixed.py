@@ -1,0 +1,154 @@
+"""Different methods in one pack: each run's losses are those it has alone, and nothing gets across."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import peftbench
+from peftbench import registry
+from peftbench.errors import UserError
+from peftbench.methods.adapter import named_method
+from peftbench.methods.pack import MixedAdapter, company, groups
+from peftbench.record import RunSpec
+from tests.conformance.conftest import disturb, fresh, small
+from tests.test_run import run, same_traces, tiny
+
+
+def together(kind: str) -> list[str]:
+    """Return the names of all methods that keep such company and need nothing special of the base."""
+    found = []
+    for name in registry.options("method"):
+        section = registry.section("method", name)
+        method = named_method(name, {})
+        if method.traits.packable and not section.get("requires"):
+            found += [name] if company(method.traits.sites, method.settings().get("length")) == kind else []
+    return found
+
+
+ROWS = together("rows")
+
+
+def one_each(methods: list[str], **given: object) -> list[RunSpec]:
+    """Return a run of each method, at sizes that suit tiny models."""
+    found = []
+    for i, name in enumerate(methods):
+        sizes = {k: v for k, v in small(name).settings().items() if type(v) is int and k != "length"}
+        found += tiny(method=name, seed=i, **{f"method__{k}": v for k, v in sizes.items()}, **given)
+    return found
+
+
+def test_there_are_enough_methods_to_mix():
+    assert len(ROWS) >= 24
+    assert {"lora", "dora", "vera", "adalora", "ia3", "bitfit", "houlsby", "layernorm", "head"} <= set(ROWS)
+    assert len(together("embedding 20")) >= 3
+    assert len(together("attention 20")) >= 2
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_every_method_in_a_mixed_pack_gives_the_trace_it_gives_alone(part, tmp_path: Path):
+    """50 steps in fp32, a quarter of the methods at a time, so that unlike ones meet."""
+    same_traces(one_each(ROWS[part::4], train__steps=50), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["embedding 20", "attention 20"])
+def test_methods_with_virtual_tokens_share_a_pack_with_their_like(kind, tmp_path: Path):
+    same_traces(one_each(together(kind), train__steps=50), tmp_path)
+
+
+@pytest.mark.parametrize("model", ["tiny-llama", "tiny-t5", "tiny-gpt2"])
+def test_text_models(model, tmp_path: Path):
+    given = {"model": model, "task__formulation": "text", "train__steps": 8}
+    same_traces(one_each(["lora", "ia3", "houlsby", "layernorm", "dora"], **given), tmp_path)
+
+
+def test_several_runs_of_each_method_and_two_settings_of_one(tmp_path: Path):
+    pack = [
+        *tiny(method="lora", method__rank=[2, 8], seed=[0, 1], train__steps=12),
+        *tiny(method="lora", method__targets=[["all"]], train__steps=12),
+        *tiny(method="houlsby", method__bottleneck=[4, 8], train__steps=12, train__weight_decay=0.1),
+        *tiny(method="lora_plus", seed=[3], train__steps=12, train__learning_rate=1e-3),
+    ]
+    same_traces(pack, tmp_path)
+
+
+def test_a_run_that_diverges_changes_no_bit_of_its_neighbours(tmp_path: Path):
+    methods = ["lora", "houlsby", "bitfit", "adalora"]
+    calm = one_each(methods, train__steps=12)
+    wild = tiny(method="houlsby", seed=1, train__steps=12, train__learning_rate=1e30, train__clip_norm=0.0)
+    records = run([calm[0], wild[0], *calm[2:]], tmp_path / "wild")
+    usual = run(calm, tmp_path / "calm")
+    assert [r.status for r in records] == ["completed", "diverged", "completed", "completed"]
+    for i in (0, 2, 3):
+        assert records[i].trace is not None
+        assert usual[i].trace is not None
+        assert records[i].trace["loss"] == usual[i].trace["loss"]
+        assert records[i].quality == usual[i].quality
+
+
+def mixture(family: str, names: list[str]) -> tuple[torch.nn.Module, MixedAdapter]:
+    model = fresh(family)
+    adapter = peftbench.attach(model, [named_method(n, {}) for n in names], seeds=range(len(names)))
+    assert isinstance(adapter, MixedAdapter)
+    return model, adapter
+
+
+@pytest.mark.parametrize("family", ["tiny-bert", "tiny-llama", "tiny-gpt2"])
+def test_outputs_saving_merging_and_taking_off(family, tmp_path: Path):
+    names = ["lora", "lora", "ia3", "layernorm", "houlsby", "ssf"]
+    flags = [p.requires_grad for p in fresh(family).parameters()]
+    model, adapter = mixture(family, names)
+    ids = torch.arange(24).reshape(2, 12) % 50
+    with torch.no_grad():
+        before = fresh(family)(ids).last_hidden_state
+        disturb(adapter)
+        packed = model(ids.repeat(len(names), 1)).last_hidden_state.unflatten(0, (len(names), 2))
+        for i in range(len(names)):
+            folder = adapter.save(tmp_path / str(i), i).parent
+            other = fresh(family)
+            peftbench.load_adapter(other, folder)
+            torch.testing.assert_close(other(ids).last_hidden_state, packed[i], rtol=1e-4, atol=1e-5)
+        adapter.merge(3)
+        torch.testing.assert_close(model(ids).last_hidden_state, packed[3], rtol=1e-4, atol=1e-5)
+        adapter.unmerge()
+        with adapter.enabled(False):
+            assert model(ids).last_hidden_state.equal(before)
+        adapter.detach()
+        assert model(ids).last_hidden_state.equal(before)
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_what_cannot_be_mixed_is_refused_and_leaves_the_model_alone():
+    model = fresh("tiny-bert")
+    flags = [p.requires_grad for p in model.parameters()]
+    for names in (["lora", "prompt"], ["lora", "full"], ["prompt", "prefix"]):
+        with pytest.raises(UserError, match="cannot share a pack"):
+            peftbench.attach(model, [named_method(n, {}) for n in names])
+    with pytest.raises(UserError, match="cannot share a pack"):
+        peftbench.attach(model, [named_method("prompt", {"length": n}) for n in (4, 8)])
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert not model._forward_pre_hooks
+
+
+def test_runs_that_can_share_an_adapter_do():
+    methods = [named_method("lora", {"rank": 2}), named_method("lora", {"rank": 4}), named_method("ia3", {})]
+    assert groups(methods) == [(0, 2), (2, 3)]
+    assert groups([*methods, methods[0]]) == [(0, 2), (2, 3), (3, 4)]
+
+
+@pytest.mark.parametrize("names", [["lora", "bitfit", "adalora"]])
+def test_accumulation_and_clipping_are_each_runs_own(names, tmp_path: Path):
+    same_traces(one_each(names, train__steps=8, train__accumulation=2, train__clip_norm=0.05), tmp_path)
+
+
+def test_a_grid_over_methods_makes_mixed_packs():
+    from peftbench import resolve
+
+    plan = resolve.plan(
+        resolve.demand({"model": ["tiny-bert"], "task": ["tiny"], "method": ["lora", "ia3", "prompt", "full"],
+                        "seed": [0, 1]}, None), "cpu")  # fmt: skip
+    names = [[spec.method["name"] for spec in pack] for pack in plan.packs(plan.specs, 4)]
+    assert names == [["lora", "lora", "ia3", "ia3"], ["prompt", "prompt"], ["full"], ["full"]]
+    assert {len(pack) for pack in plan.packs(plan.specs, 1)} == {1}
