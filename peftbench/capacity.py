@@ -144,23 +144,36 @@ class Fit:
     def pack_size(self, members: Sequence[RunSpec], most: int) -> int:
         """Return how many runs of `members`, which can share a base, fit side by side into what is free: 1 to `most`.
 
-        The one with most parameters stands for all: runs of a pack are padded to the largest.
+        The one with most parameters stands for all of its kind, since runs of a pack are padded to the largest; where
+        there are several kinds of method, each run is taken to need as much as the hungriest.
         """
         if most == 1:
             return 1
-        settings = {canonical(spec.method): Setting.of([spec]) for spec in members}
-        widest = max(settings.values(), key=lambda s: s.methods[0].parameter_count(self._model(s)))
+        widest: dict[str, tuple[int, Setting]] = {}
+        for setting in {canonical(spec.method): Setting.of([spec]) for spec in members}.values():
+            kind, width = setting.specs[0].method["_target_"], setting.methods[0].parameter_count(self._model(setting))
+            if kind not in widest or width > widest[kind][0]:
+                widest[kind] = width, setting
+        size = most
+        for _, setting in widest.values():
+            size = self._alike(setting, size)
+        return size
+
+    def _alike(self, setting: Setting, most: int) -> int:
+        """Return how many runs like the first of `setting` fit side by side into what is free: 1 to `most`."""
         limit = room(self.free, self.kind)
-        if self._at_most(widest, most) <= limit or self._fits(widest, most, limit):
+        if most == 1 or self._at_most(setting, most) <= limit:
             return most
-        found = largest(lambda runs: self._peak(widest, runs) or 0, limit, guess=most // 2, most=most - 1)
+        alone = self._peak(setting, 1)
+        # runs share the base: so many need no more than so many times what one needs
+        if alone is None or alone * most <= limit or self._fits(setting, most, limit):
+            return most
+        found = largest(lambda runs: self._peak(setting, runs) or 0, limit, guess=most // 2, most=most - 1)
         size = max(found, 1)
-        need, spec = self._peak(widest, size + 1), widest.specs[0]
-        if need is not None:
-            self.lines.append(
-                f"{spec.method['name']} on {spec.model['name']}: packs of {size}, {size + 1} runs would need "
-                f"{human_bytes(need)} of {human_bytes(limit)}"
-            )
+        need, spec = self._peak(setting, size + 1), setting.specs[0]
+        line = f"{spec.method['name']} on {spec.model['name']}: packs of {size}, {size + 1} runs would need "
+        if need is not None and not any(known.startswith(line) for known in self.lines):
+            self.lines.append(line + f"{human_bytes(need)} of {human_bytes(limit)}")
         return size
 
     def check(self, specs: Iterable[RunSpec]) -> None:

@@ -39,7 +39,7 @@ def trial_of(alone: Setting, encoded: Encoded) -> Iterator[Trial]:
     loaded = held([*base.parameters(), *base.buffers()], alone.device)
     with assembled(alone) as assembly:
         tokenizer: Any = assembly.backbone.tokenizer
-        fixed = _fixed_batch(encoded, alone.train.batch_size, alone.max_length, len(tokenizer))
+        fixed = fixed_batch(encoded, alone.train.batch_size, alone.max_length, len(tokenizer))
         yield trial_on(assembly, TokenTable(fixed, 0, alone.device), loaded)
 
 
@@ -97,7 +97,7 @@ def trial_on(assembly: Assembly, table: TokenTable, loaded_bytes: int = 0) -> Tr
     )
 
 
-def _fixed_batch(encoded: Encoded, rows: int, length: int, vocabulary: int) -> Encoded:
+def fixed_batch(encoded: Encoded, rows: int, length: int, vocabulary: int) -> Encoded:
     """Return `rows` random sequences of `length` tokens, with targets or labels shaped like the task's own."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, vocabulary, (rows, length)).tolist()

@@ -11,7 +11,6 @@ from peftbench.errors import UserError, nearest
 from peftbench.plan import GROUPS, Demand, Point, Sharing, as_grid, flatten, packs, points
 from peftbench.record import DEFAULT_OPTIMIZER, RunSpec, canonical, plain
 
-AUTO_PACK = {"cuda": 8, "cpu": 4}
 EXPERIMENT_KEYS = ("common", "grids", "per_method", "sweep", "question")
 
 
@@ -408,17 +407,10 @@ class Plan:
     def packs(
         self,
         wanted: Sequence[RunSpec],
-        size: str | int,
-        fitting: Callable[[Sequence[RunSpec], int], int] = lambda members, most: most,
+        size: int | Callable[[Sequence[RunSpec]], int],
     ) -> list[list[RunSpec]]:
-        """Group `wanted` runs into packs of at most `size`.
-
-        For "auto" as many as suits the device; `fitting` says how many of some runs, up to a number, fit into memory.
-        """
-        if size == "auto":
-            most = AUTO_PACK[self.resolver.device]
-            return packs(wanted, self.resolver.sharing, lambda members: fitting(members, min(most, len(members))))
-        return packs(wanted, self.resolver.sharing, int(size))
+        """Group `wanted` runs into packs of at most `size`, which may depend on what runs share a base."""
+        return packs(wanted, self.resolver.sharing, size)
 
 
 def plan(request: Demand, device: str) -> Plan:

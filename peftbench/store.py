@@ -1,8 +1,8 @@
 """The only reader and writer of results: one file per run, written at once, never edited.
 
-Layout of `<results>/<sweep.name>/`: ``runs/<run_id>.json``, ``profiles/<profile_id>.json``, ``records.jsonl.gz`` (all
-records in one file, for keeping), ``adapters/<run_id>/`` (if asked for), ``traces/<profile_id>/`` (by ``profile``),
-``locks/`` (who is training what; gone when nobody is), ``report/``.
+Layout of `<results>/<sweep.name>/`: ``runs/<run_id>.json``, ``profiles/<profile_id>.json``, ``packing/<id>.json`` (how
+long steps of packs take), ``records.jsonl.gz`` (all records in one file, for keeping), ``adapters/<run_id>/`` (if asked
+for), ``traces/<profile_id>/`` (by ``profile``), ``locks/`` (who is training what; gone when nobody is), ``report/``.
 """
 
 import contextlib
@@ -227,6 +227,15 @@ class Store:
     def write_profile(self, profile_id: str, profile: dict[str, Any]) -> bool:
         """Keep a profile; the first one stays."""
         return self._write(self.folder / "profiles" / f"{profile_id}.json", profile, replace=False)
+
+    def packing(self, packing_id: str) -> dict[str, Any] | None:
+        """Return what was measured of packs of one kind, or None."""
+        path = self.folder / "packing" / f"{packing_id}.json"
+        return _read_json(path) if path.exists() else None
+
+    def write_packing(self, packing_id: str, packing: dict[str, Any]) -> None:
+        """Keep what was measured of packs of one kind, in place of a shorter curve."""
+        self._write(self.folder / "packing" / f"{packing_id}.json", packing, replace=True)
 
     @contextlib.contextmanager
     def claim(self, run_ids: Iterable[str]) -> Iterator[list[str]]:

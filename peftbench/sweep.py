@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftbench import environment, overrides
 from peftbench.config import SweepConfig, SweepName, build
@@ -15,6 +15,9 @@ from peftbench.job import Pack
 from peftbench.record import RunSpec
 from peftbench.resolve import Plan, demand, experiment, plan
 from peftbench.store import Store
+
+if TYPE_CHECKING:
+    from peftbench.capacity import Fit
 
 BYTES_PER_RUN = 256 * 1024
 """What a record takes on the disk, generously."""
@@ -77,14 +80,21 @@ Memory = Callable[[str], tuple[int, int] | None]
 
 
 def prepare(
-    arguments: Sequence[str], single: bool = False, force: bool = False, memory: Memory = environment.memory
+    arguments: Sequence[str],
+    single: bool = False,
+    force: bool = False,
+    memory: Memory = environment.memory,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Prepared:
-    """Plan a sweep: resolve and check every run, find out which are done, pack the rest, make the folder.
+    """Plan a sweep: resolve and check every run, find out which are done, make the folder, pack the rest.
+
+    With `pack=auto` this may measure for some seconds how many runs go best side by side.
 
     Args:
         single: take exactly one run, and no experiment by default.
         force: start even what will not fit into memory.
-        memory: of the device that will train.
+        memory: of the device that will train; where it is not known, nothing is measured.
+        tell: hears a line about each choice that rests on a measurement.
 
     Raises:
         UserError: something keeps a run from starting; nothing has been written yet.
@@ -98,9 +108,13 @@ def prepare(
         raise UserError(f"run takes exactly one run, this makes {len(planned.specs)}; use sweep")
     store = Store(sweep_folder(config), config.retry_failed)
     wanted = [spec for spec in planned.specs if not store.has(spec.run_id)]
-    groups, lines = _packed(planned, wanted, config.pack, force, memory)
+    fit = _fit(planned, wanted, force, memory)
+    if wanted:
+        _check_space(store.folder, len(wanted))
+        store.prepare()
+    groups = _packed(planned, wanted, config.pack, store, fit, tell)
     jobs = [Pack(pack, str(store.folder), config.retry_failed, config.save_adapters) for pack in groups]
-    lines = [*planned.lines, *lines]
+    lines = [*planned.lines, *(fit.lines if fit is not None else [])]
     if config.save_adapters:
         lines += _without_adapter(store, planned.specs)
     done = len(planned.specs) - len(wanted)
@@ -109,25 +123,39 @@ def prepare(
     else:
         already = f", {done} more are there already" if done else ""
         lines.append(f"{len(wanted)} runs in {len(jobs)} packs on {planned.resolver.device_kind}{already}")
-        _check_space(store.folder, len(wanted))
-        store.prepare()
     return Prepared(store, planned, jobs, lines)
 
 
-def _packed(
-    planned: Plan, wanted: Sequence[RunSpec], size: str | int, force: bool, memory: Memory
-) -> tuple[list[list[RunSpec]], list[str]]:
-    """Return packs that fit into memory, and lines about them; raises UserError if a run alone does not fit."""
+def _fit(planned: Plan, wanted: Sequence[RunSpec], force: bool, memory: Memory) -> "Fit | None":
+    """Return what decides by predicted memory, if that is known; raises UserError if a run alone does not fit."""
     device = planned.resolver.device
     known = memory(device) if wanted else None
     if known is None:
-        return planned.packs(wanted, size), []
+        return None
     from peftbench.capacity import Fit
 
     fit = Fit(device, *known, planned.resolver.shapes)
     if not force:
         fit.check(wanted)
-    return planned.packs(wanted, size, fit.pack_size), fit.lines
+    return fit
+
+
+def _packed(
+    planned: Plan,
+    wanted: Sequence[RunSpec],
+    size: str | int,
+    store: Store,
+    fit: "Fit | None",
+    tell: Callable[[str], None],
+) -> list[list[RunSpec]]:
+    """Return packs of at most `size`; for "auto" of what is fastest and fits into memory."""
+    if isinstance(size, int) or not wanted:
+        return planned.packs(wanted, size if isinstance(size, int) else 1)
+    from peftbench.packing import Packing
+
+    fitting = (lambda members, most: most) if fit is None else fit.pack_size
+    packing = Packing(store, planned.resolver.device, fitting, measure=fit is not None, tell=tell)
+    return planned.packs(wanted, packing.size)
 
 
 def _without_adapter(store: Store, specs: Sequence[RunSpec]) -> list[str]:

@@ -57,7 +57,8 @@ class PeftbenchSweeper(Sweeper):
         local = type(launcher).__name__ in LOCAL_LAUNCHERS
         # nobody knows the memory of machines that jobs are sent to
         memory = environment.memory if local else lambda device: None
-        prepared = sweep.prepare(arguments, force=self.force, memory=memory)
+        tell = (lambda line: None) if self.quiet else sweep.say
+        prepared = sweep.prepare(arguments, force=self.force, memory=memory, tell=tell)
         for line in prepared.lines:
             if not self.quiet:
                 sweep.say(line)

@@ -1,0 +1,390 @@
+"""How `pack=auto` chooses: curves by a made-up clock, one real measurement, and what is kept of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peftbench import job, packing
+from peftbench.errors import UserError
+from peftbench.packing import DEFAULT, FEWEST, Budget, Packing, Stopwatch, best, grow, line, typical_length
+from peftbench.record import RunSpec
+from peftbench.store import Store
+from peftbench.sweep import prepare
+from tests.conftest import make_spec
+
+CURVES: dict[str, Callable[[int], float]] = {
+    "falling": lambda runs: 10.0 + 0.1 * runs,
+    "flat": lambda runs: 10.0 * runs,
+    "rising": lambda runs: 10.0 * runs**1.2,
+    "saturating": lambda runs: max(10.0, 2.5 * runs),
+    "hardly": lambda runs: 10.0 * runs if runs == 1 else 9.9 * runs,
+    "little": lambda runs: 10.0 * runs if runs == 1 else 9.7 * runs,
+}
+
+
+def grown(shape: str, limit: int = 64, memory: int = 999, known: Mapping[int, float] | None = None) -> Any:
+    """Return the curve of a shape, why it ends, and the sizes that were timed."""
+    timed: list[int] = []
+
+    def seconds(runs: int) -> float:
+        timed.append(runs)
+        return CURVES[shape](runs)
+
+    curve, ended = grow(known or {}, limit, lambda most: min(most, memory), seconds, lambda curve, size: True)
+    assert curve == {runs: CURVES[shape](runs) for runs in curve}
+    return curve, ended, timed
+
+
+# Decisions.
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "ended", "chosen"),
+    [
+        ("falling", [1, 2, 4, 8, 16, 32, 64], "runs", 64),
+        ("flat", [1, 2], "flat", 1),
+        ("rising", [1, 2], "flat", 1),
+        ("saturating", [1, 2, 4, 8], "flat", 4),
+        ("hardly", [1, 2], "flat", 1),
+        ("little", [1, 2], "flat", 2),
+    ],
+)
+def test_packs_grow_while_the_time_per_run_falls(shape: str, sizes: list[int], ended: str, chosen: int) -> None:
+    curve, why, timed = grown(shape)
+    assert timed == sizes
+    assert why == ended
+    assert best(curve) == chosen
+
+
+@pytest.mark.parametrize("shape", CURVES)
+@pytest.mark.parametrize("limit", [1, 2, 3, 5, 16, 64])
+def test_a_chosen_pack_is_never_slower_than_a_run_alone(shape: str, limit: int) -> None:
+    curve, _, timed = grown(shape, limit)
+    chosen = best(curve)
+    assert chosen <= limit
+    assert max(timed) <= limit
+    assert curve[chosen] / chosen <= curve[1]
+    assert all(curve[chosen] / chosen <= seconds / runs for runs, seconds in curve.items()) or chosen == 1
+
+
+@pytest.mark.parametrize(("limit", "sizes"), [(1, [1]), (3, [1, 2, 3]), (12, [1, 2, 4, 8, 12]), (16, [1, 2, 4, 8, 16])])
+def test_no_more_runs_are_timed_than_there_are(limit: int, sizes: list[int]) -> None:
+    assert grown("falling", limit)[1:] == ("runs", sizes)
+
+
+@pytest.mark.parametrize(("memory", "sizes"), [(1, [1]), (5, [1, 2, 4, 5]), (8, [1, 2, 4, 8])])
+def test_predicted_memory_bounds_what_is_timed(memory: int, sizes: list[int]) -> None:
+    assert grown("falling", memory=memory)[1:] == ("memory", sizes)
+
+
+def test_running_out_of_memory_ends_the_curve() -> None:
+    def seconds(runs: int) -> float:
+        if runs > 4:
+            raise torch.OutOfMemoryError("too much")
+        return 10.0
+
+    curve, ended = grow({}, 64, lambda most: most, seconds, lambda curve, size: True)
+    assert (sorted(curve), ended, best(curve)) == ([1, 2, 4], "memory", 4)
+
+
+def test_what_is_known_is_not_timed_again() -> None:
+    known, _, _ = grown("falling", 4)
+    curve, _, timed = grown("falling", 16, known=known)
+    assert timed == [8, 16]
+    assert sorted(curve) == [1, 2, 4, 8, 16]
+    flat, _, _ = grown("saturating")
+    assert grown("saturating", known=flat)[2] == []
+
+
+class Clock:
+    """Goes on by what is said."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def spent(kind: str, run_steps: int, step: float, overhead: float = 0.0) -> tuple[list[int], float]:
+    """Return the sizes that a budget lets be timed without any doubt about their gain, and the seconds that takes."""
+    clock = Clock()
+    budget = Budget(kind, run_steps, clock)
+
+    def seconds(runs: int) -> float:
+        clock.now += overhead + packing.STEPS[kind] * step
+        return step
+
+    curve, _ = grow({}, packing.MOST[kind], lambda most: most, seconds, budget)
+    return list(curve), clock.now
+
+
+def test_short_training_is_not_measured() -> None:
+    assert spent("cpu", FEWEST - 1, 0.1) == ([], 0)
+    assert spent("cuda", FEWEST - 1, 0.01) == ([], 0)
+
+
+@pytest.mark.parametrize("run_steps", [1000, 1500, 3000, 10**5])
+@pytest.mark.parametrize("step", [0.02, 1.0])
+def test_measuring_takes_less_than_a_twentieth_of_training_on_a_cpu(run_steps: int, step: float) -> None:
+    clock = Clock()
+
+    def seconds(runs: int) -> float:
+        clock.now += packing.STEPS["cpu"] * step * runs * 0.94**runs
+        return step * runs * 0.94**runs
+
+    curve, _ = grow({}, 8, lambda most: most, seconds, Budget("cpu", run_steps, clock))
+    assert {1, 2, 4} <= set(curve)
+    assert clock.now < 0.05 * run_steps * min(curve[runs] / runs for runs in curve)
+
+
+def test_measuring_stops_after_ten_seconds_on_a_gpu() -> None:
+    sizes, seconds = spent("cuda", 100_000, 0.02, overhead=0.5)
+    assert sizes == [1, 2, 4, 8, 16, 32, 64]
+    assert seconds < 10
+    sizes, seconds = spent("cuda", 100_000, 0.02, overhead=4.0)
+    assert sizes == [1, 2, 4, 8]
+    # the first size, which makes what training needs too, is not counted, nor how long the last takes to set up
+    assert seconds <= 4.3 + 10 + 4.3
+
+
+def test_measuring_goes_on_only_while_there_is_time_to_win() -> None:
+    """At 32 runs 20,000 steps take 12.5 seconds; 2,000 steps take 10 at 4 runs."""
+    assert spent("cuda", 20_000, 0.02, overhead=0.5)[0] == [1, 2, 4, 8, 16, 32]
+    assert spent("cuda", 2_000, 0.02, overhead=0.5)[0] == [1, 2, 4]
+
+
+def test_the_length_is_that_of_the_median_batch() -> None:
+    # three buckets of 8 batches of 2: 16 short texts, 16 of middle length, 16 long
+    lengths = [5] * 16 + [20] * 16 + [100] * 16
+    assert typical_length(lengths, 2, 128) == 24
+    assert typical_length(lengths, 2, 22) == 22
+    assert typical_length([5] * 48, 2, 128) == 8
+
+
+# Choices for a sweep's groups.
+
+
+class Watch:
+    """Stands in for what times steps."""
+
+    length, execution = 24, "eager"
+
+    def __init__(self, shape: str = "falling") -> None:
+        self.shape = shape
+        self.timed: list[int] = []
+
+    def __call__(self, members: Sequence[RunSpec]) -> Callable[[int], float]:
+        self.members = list(members)
+        watch = self
+
+        class Started:
+            length, execution = watch.length, watch.execution
+
+            def __call__(self, runs: int) -> float:
+                watch.timed.append(runs)
+                return CURVES[watch.shape](runs) / 1000
+
+        return Started()
+
+
+@pytest.fixture
+def lines() -> list[str]:
+    return []
+
+
+def group(runs: int, steps: int = 2000, **changes: Any) -> list[RunSpec]:
+    recipe = {"steps": steps, "batch_size": 32, "learning_rate": 1e-3, "max_length": 24, "precision": "fp32"}
+    return [make_spec(train=recipe, seed=seed, **changes) for seed in range(runs)]
+
+
+def chooser(folder: Path, watch: Watch, lines: list[str], kind: str = "cuda", memory: int = 999) -> Packing:
+    return Packing(
+        Store(folder),
+        kind,
+        lambda members, most: min(most, memory),
+        tell=lines.append,
+        stopwatch=watch,
+        clock=Clock(),
+    )
+
+
+def test_a_choice_is_told_in_a_line(tmp_path: Path, lines: list[str]) -> None:
+    assert chooser(tmp_path, Watch("saturating"), lines).size(group(40)) == 4
+    assert lines == [
+        "pack=auto: 4 runs side by side (1 run 10.0 ms, 4 runs 10.0 ms a step: 4.0 x), lora on toy with tiny"
+    ]
+    lines.clear()
+    assert chooser(tmp_path / "flat", Watch("flat"), lines).size(group(40)) == 1
+    assert lines == ["pack=auto: 1 run at a time (1 run 10.0 ms, 2 runs 20.0 ms a step: 1.0 x), lora on toy with tiny"]
+
+
+def test_a_line_names_many_methods_by_their_number() -> None:
+    members = [*group(1), *group(1, **{"method.name": "ia3"})]
+    assert line(members, {1: 0.0112, 2: 0.012}, 2).endswith("a step: 1.9 x), 2 methods on toy with tiny")
+
+
+def test_what_was_measured_is_kept_and_used_again(tmp_path: Path, lines: list[str]) -> None:
+    watch = Watch("falling")
+    assert chooser(tmp_path, watch, lines).size(group(40)) == 40
+    [path] = (tmp_path / "packing").iterdir()
+    kept = json.loads(path.read_text())
+    assert kept["packing_id"] == path.stem
+    assert kept["sizes"] == [1, 2, 4, 8, 16, 32, 40]
+    assert kept["step_seconds"] == [CURVES["falling"](n) / 1000 for n in kept["sizes"]]
+    assert (kept["chosen"], kept["ended"], kept["device_kind"]) == (40, "runs", "cpu")
+    assert kept["versions"]["torch"]
+    again = Watch("falling")
+    for runs in (40, 33, 7, 2):  # a sweep that goes on has fewer runs left
+        assert chooser(tmp_path, again, lines).size(group(runs)) == runs
+    assert again.timed == []
+    assert len(lines) == 5
+
+
+def test_more_runs_continue_the_curve(tmp_path: Path, lines: list[str]) -> None:
+    watch = Watch("falling")
+    assert chooser(tmp_path, watch, lines).size(group(4)) == 4
+    assert chooser(tmp_path, watch, lines).size(group(20)) == 20
+    assert watch.timed == [1, 2, 4, 8, 16, 20]
+    [path] = (tmp_path / "packing").iterdir()
+    assert json.loads(path.read_text())["sizes"] == [1, 2, 4, 8, 16, 20]
+
+
+def test_another_configuration_is_measured_by_itself(tmp_path: Path, lines: list[str]) -> None:
+    watch = Watch()
+    for changes in ({}, {"method.rank": 4}, {"identity.data": "other"}, {"identity.device_kind": "other"}):
+        chooser(tmp_path, watch, lines).size(group(2, **changes))
+    assert watch.timed == [1, 2] * 4
+    chooser(tmp_path, watch, lines).size(group(2, **{"method.alpha": 32.0}))  # costs the same
+    assert watch.timed == [1, 2] * 4
+
+
+def test_a_group_of_several_methods_is_measured_in_its_order(tmp_path: Path, lines: list[str]) -> None:
+    watch = Watch("falling")
+    members = [
+        spec
+        for seed in range(3)
+        for spec in (make_spec(seed=seed, train=group(1)[0].train), *group(1, **{"method.rank": 2}))
+    ]
+    assert chooser(tmp_path, watch, lines).size(members) == 6
+    assert watch.members == members
+    assert watch.timed == [1, 2, 4, 6]
+
+
+def test_one_run_and_short_groups_are_not_measured(tmp_path: Path, lines: list[str]) -> None:
+    watch = Watch()
+    assert chooser(tmp_path, watch, lines).size(group(1)) == 1
+    assert chooser(tmp_path, watch, lines, "cpu").size(group(9, steps=50)) == DEFAULT["cpu"]
+    assert chooser(tmp_path, watch, lines, "cuda").size(group(9, steps=50)) == DEFAULT["cuda"]
+    assert chooser(tmp_path, watch, lines, "cuda", memory=3).size(group(9, steps=50)) == 3
+    assert chooser(tmp_path, watch, lines, "cuda", memory=1).size(group(9)) == 1
+    assert (watch.timed, lines, list(tmp_path.iterdir())) == ([], [], [])
+
+
+def test_short_groups_take_what_is_known(tmp_path: Path, lines: list[str]) -> None:
+    chooser(tmp_path, Watch("flat"), lines).size(group(9))
+    watch = Watch("flat")
+    assert chooser(tmp_path, watch, lines).size(group(9, steps=50)) == 1
+    assert watch.timed == []
+
+
+def test_memory_that_is_gone_since_bounds_what_is_known(tmp_path: Path, lines: list[str]) -> None:
+    chooser(tmp_path, Watch(), lines).size(group(16))
+    assert chooser(tmp_path, Watch(), lines, memory=5).size(group(16)) == 5
+    assert lines[-1].startswith("pack=auto: 5 runs side by side (1 run 10.1 ms, 16 runs 11.6 ms a step")
+
+
+def test_a_curve_cut_off_while_it_falls_gives_no_less_than_the_default(tmp_path: Path, lines: list[str]) -> None:
+    class Slow(Clock):
+        def __call__(self) -> float:
+            self.now += 6.0  # each look at the clock
+            return self.now
+
+    watch = Watch("falling")
+    chosen = chooser(tmp_path, watch, lines)
+    chosen.clock = Slow()
+    assert chosen.size(group(64)) == DEFAULT["cuda"]
+    assert watch.timed == [1, 2, 4]
+
+
+def test_what_cannot_be_timed_is_said_and_takes_the_default(tmp_path: Path, lines: list[str]) -> None:
+    class Broken(Watch):
+        def __call__(self, members: Sequence[RunSpec]) -> Callable[[int], float]:
+            raise UserError("model=tiny: no weights")
+
+    assert chooser(tmp_path, Broken(), lines).size(group(40)) == DEFAULT["cuda"]
+    assert lines == ["pack=auto: lora on toy with tiny could not be timed (UserError: model=tiny: no weights)"]
+
+
+# Real steps.
+
+TINY = ["model=tiny-bert", "task=tiny", "train.batch_size=4", "profile=skip", "device=cpu", "method=lora"]
+
+
+@pytest.fixture
+def looked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Note the sizes that are really timed."""
+    timed: list[int] = []
+    real = Stopwatch._seconds
+
+    def seconds(self: Stopwatch, runs: int) -> float:
+        timed.append(runs)
+        return real(self, runs)
+
+    monkeypatch.setattr(Stopwatch, "_seconds", seconds)
+    return timed
+
+
+def test_a_sweep_measures_once_and_packs_by_it(tmp_path: Path, looked: list[int], lines: list[str]) -> None:
+    grid = [*TINY, "method.rank=2,4", "seed=range(0,8)", "train.steps=1000", f"results={tmp_path}"]
+    prepared = prepare(grid, tell=lines.append)
+    assert looked[:2] == [1, 2]
+    assert max(looked) <= packing.MOST["cpu"]
+    [path] = (tmp_path / "default" / "packing").iterdir()
+    kept = json.loads(path.read_text())
+    assert kept["sizes"] == looked
+    assert all(0 < seconds < 10 for seconds in kept["step_seconds"])
+    assert max(len(pack.specs) for pack in prepared.jobs) == kept["chosen"]
+    [told] = lines
+    assert told.startswith(f"pack=auto: {kept['chosen']} run")
+    count = len(looked)
+    again = prepare(grid, tell=lines.append)
+    assert len(looked) == count
+    assert [len(p.specs) for p in again.jobs] == [len(p.specs) for p in prepared.jobs]
+    for size in (1, 2, 16):
+        forced = prepare([*grid, f"pack={size}", "sweep.name=other"], tell=lines.append)
+        assert {len(pack.specs) for pack in forced.jobs} == {size}
+    assert len(looked) == count
+    assert len(lines) == 2
+
+
+def test_nothing_is_measured_where_memory_is_not_known(tmp_path: Path, looked: list[int]) -> None:
+    grid = [*TINY, "seed=range(0,8)", "train.steps=1000", f"results={tmp_path}"]
+    assert {len(pack.specs) for pack in prepare(grid, memory=lambda device: None).jobs} == {DEFAULT["cpu"]}
+    assert looked == []
+
+
+def test_measuring_changes_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looked: list[int]) -> None:
+    """The base is left as it was, and every run draws from its own seed."""
+    monkeypatch.setattr(packing, "FEWEST", 0)
+    monkeypatch.setitem(packing.SHARE, "cpu", 1000.0)
+
+    def losses(name: str, size: str | int) -> list[Any]:
+        given = ["seed=0,1", "train.steps=5", f"results={tmp_path}", f"sweep.name={name}", f"pack={size}"]
+        prepared = prepare([*TINY, *given])
+        for pack in prepared.jobs:
+            job.train(pack)
+        packs.append(len(prepared.jobs))
+        return [record["trace"]["loss"] for record in Store(tmp_path / name).records()]
+
+    packs: list[int] = []
+    measured = losses("measured", "auto")
+    assert looked == [1, 2]
+    assert losses("forced", 2 // packs[0]) == measured
+    assert looked == [1, 2]
