@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import scikit_posthocs
 
 from peftbench.analysis.paired import nemenyi
 from peftbench.analysis.tiers import letter, letters, matrix, tiers
@@ -72,6 +73,16 @@ def test_dozens_of_methods_with_overlapping_intervals():
     found = letters(differ)
     assert found[0].startswith("a")
     assert all(bool(set(found[i]) & set(found[j])) != differ[i, j] for i in range(40) for j in range(i))
+
+
+def test_the_same_display_as_scikit_posthocs():
+    generator = np.random.default_rng(5)
+    for _ in range(20):
+        centres, widths = np.sort(generator.normal(0, 1, 12))[::-1], generator.lognormal(-1.5, 0.8, 12)
+        differ = np.abs(centres[:, None] - centres) > widths[:, None] + widths
+        known = scikit_posthocs.compact_letter_display(np.where(differ, 0.0, 1.0))
+        columns = [{i for i, text in enumerate(known) if text[k] != " "} for k in range(len(known.iloc[0]))]
+        assert sorted(tiers(differ)) == sorted(tuple(sorted(column)) for column in columns)
 
 
 def test_letters_run_on():
