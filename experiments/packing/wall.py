@@ -1,0 +1,265 @@
+"""How many runs an hour, as whole commands: packed, one at a time, and with Hugging Face's `Trainer`?
+
+    python experiments/packing/wall.py rte --out results/packing/wall.jsonl
+    python experiments/packing/wall.py rte mixed smollm2 --arms 16,1 --out results/packing/wall.jsonl
+    python experiments/packing/wall.py --table results/packing/wall.jsonl
+
+Each arm is one command, started anew and timed from outside, start-up and report included: `hf` is
+`experiments/peers/trainer.py`, a number or `auto` is `python -m peftbench sweep experiment=… pack=<that>`. Arms that go
+one run at a time train some runs only; the rest is extrapolated at the mean of those after the first, and the table
+says so. See README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import statistics
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sweeps
+from sweeps import Swept, common, timed
+
+SHARES = (("train",), ("evaluate", "test"), ("load", "set_up", "profile"))
+"""What the table's columns add up."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed.
+
+    Attributes:
+        experiment: its folder under experiments/.
+        runs: how many runs it holds.
+        arms: what is timed unless others are named.
+        few: what of it is trained one run at a time, as overrides.
+        peer: the same for `trainer.py`, as arguments.
+    """
+
+    experiment: str
+    runs: int
+    arms: tuple[str, ...]
+    few: tuple[str, ...]
+    peer: tuple[str, ...]
+
+
+CASES = {
+    "rte": Case("packing-rte", 16, ("hf", "16", "1"), ("train.learning_rate=1e-3", "seed=0,1"), ("--seeds", "0,1")),
+    "mixed": Case("packing-mixed", 16, ("16", "1"), ("method=lora,dora,vera,ia3,houlsby",), ("--seeds", "0,1")),
+    "smollm2": Case(
+        "packing-smollm2",
+        8,
+        ("hf", "8", "1"),
+        ("train.learning_rate=1e-3", "seed=0,1"),
+        (
+            *("--task", "alpaca", "--model", "smollm2-135m", "--batch", "4", "--eval-batch", "64"),
+            *("--steps", "200", "--seeds", "0,1"),
+        ),
+    ),
+}
+
+
+def measure(case: Case, arm: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Run one arm and return what its record says."""
+    if arm == "hf":
+        return _peer(case, options, folder)
+    overrides = [*(case.few if arm == "1" else ()), *options.set]
+    return of_sweep(sweeps.swept(case.experiment, arm, folder, overrides, options.limit))
+
+
+def of_sweep(found: Swept) -> dict[str, Any]:
+    """Return what is known of a sweep's command: its time as a whole, and its packs' by phase."""
+    packs = found.pack_seconds
+    busy = sum(sum(seconds.values()) for seconds in packs)
+    after = None if found.last_written is None else found.command.ended - found.last_written
+    completed = [r for r in found.records if r["status"] == "completed"]
+    metrics = [r["quality"]["test"][r["quality"]["primary_metric"]] for r in completed]
+    steps = [len(r["trace"]["loss"]) for r in completed]
+    return {
+        "subcommand": found.command.shown,
+        "status": "completed" if completed and not found.command.error else "failed",
+        "error": found.command.error or (None if completed else "no run completed"),
+        "output": found.command.output if found.command.error else None,
+        "wall_seconds": common.rounded(found.command.wall_seconds),
+        "runs_timed": len(found.records),
+        "statuses": {r["run_id"]: r["status"] for r in found.records},
+        "pack_sizes": [len(members) for members in found.packs],
+        "pack_seconds": packs,
+        "start_seconds": None if after is None else common.rounded(found.command.wall_seconds - busy - after),
+        "after_seconds": None if after is None else common.rounded(after),
+        "steps": statistics.median(steps) if steps else None,
+        "execution": sorted({(r["trace"] or {}).get("execution", "eager") for r in completed}),
+        "metric": completed[0]["quality"]["primary_metric"] if completed else None,
+        "test": {r["run_id"]: value for r, value in zip(completed, metrics, strict=True)},
+    }
+
+
+def _peer(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    out = folder / f"trainer-{case.experiment}.jsonl"
+    script = str((sweeps.PEERS / "trainer.py").relative_to(sweeps.ROOT))
+    command = timed([script, *case.peer, "--out", str(out), *shlex.split(options.peer)], folder, options.limit)
+    found = common.read([out]) if out.is_file() else []
+    named = ("load", "set_up", "train", "evaluate", "test")
+    packs = [{name: r["seconds"][name] for name in named} for r in found]
+    busy = sum(sum(seconds.values()) for seconds in packs)
+    return {
+        "subcommand": command.shown,
+        "status": "completed" if found and not command.error else "failed",
+        "error": command.error or (None if found else "no run completed"),
+        "output": command.output if command.error else None,
+        "wall_seconds": common.rounded(command.wall_seconds),
+        "runs_timed": len(found),
+        "pack_sizes": [1] * len(found),
+        "pack_seconds": packs,
+        "start_seconds": common.rounded(command.wall_seconds - busy),
+        "after_seconds": 0.0,
+        "steps": statistics.median(r["steps"] for r in found) if found else None,
+        "execution": ["Trainer"],
+        "precision": found[0]["precision"] if found else None,
+        "metric": found[0]["metric"] if found else None,
+        "test": {f"lr {r['learning_rate']:g}, seed {r['seed']}": r["test"] for r in found},
+    }
+
+
+def whole_seconds(record: Mapping[str, Any]) -> float:
+    """Return the seconds of the whole case: those of the command, and of the runs that it left out, one at a time.
+
+    A run left out counts with the mean of those after the first pack, which pays for what is done once.
+    """
+    left = record["runs"] - record["runs_timed"]
+    if left <= 0:
+        return float(record["wall_seconds"])
+    seconds, runs = _later(record)
+    return float(record["wall_seconds"] + left * sum(sum(phases.values()) for phases in seconds) / runs)
+
+
+def step_seconds(record: Mapping[str, Any]) -> float | None:
+    """Return the mean seconds a run and step, captures included."""
+    seconds, runs = _later(record)
+    return float(sum(phases["train"] for phases in seconds) / runs / record["steps"]) if record["steps"] else None
+
+
+def _later(record: Mapping[str, Any]) -> tuple[Sequence[Mapping[str, float]], int]:
+    """Return the seconds of the packs after the first, and their number of runs; of the first if it is the only one."""
+    seconds, sizes = record["pack_seconds"], record["pack_sizes"]
+    return (seconds[1:], sum(sizes[1:])) if len(sizes) > 1 else (seconds, sum(sizes))
+
+
+def share(record: Mapping[str, Any], *phases: str) -> float:
+    """Return the part of the command's time that its packs spent in `phases`."""
+    spent = sum(seconds.get(name, 0.0) for seconds in record["pack_seconds"] for name in phases)
+    return float(spent / record["wall_seconds"])
+
+
+def report(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of one call: its cases' arms, and how each compares with `Trainer` and with one at a time."""
+    rows = []
+    for record in records:
+        name = f"{record['case']}: {_named(record)}"
+        if record["status"] != "completed":
+            rows.append((name, "failed", *["–"] * 9))
+            continue
+        rate = 3600 * record["runs"] / whole_seconds(record)
+        over = [_rate(records, record["case"], other) for other in ("hf", "1")]
+        step = step_seconds(record)
+        rows.append(
+            (
+                name,
+                f"{record['runs_timed']} of {record['runs']}",
+                common.shown(record["wall_seconds"], 1),
+                f"{rate:.0f}",
+                *(common.shown(None if other is None else rate / other) for other in over),
+                common.shown(None if step is None else 1000 * step),
+                *(f"{100 * share(record, *names):.0f} %" for names in SHARES),
+                f"{100 * (record['start_seconds'] + record['after_seconds']) / record['wall_seconds']:.0f} %",
+            )
+        )
+    headers = ("arm", "runs timed", "seconds", "runs/h", "× HF", "× alone", "ms a run and step")
+    return common.table(headers + ("training", "evaluation", "loading", "start, report"), rows)
+
+
+def _named(record: Mapping[str, Any]) -> str:
+    if record["arm"] == "hf":
+        return f"HF Trainer ({record.get('precision')})"
+    how = "+".join(record["execution"]) if record.get("execution") else "?"
+    return f"alone ({how})" if record["arm"] == "1" else f"pack={record['arm']} ({how})"
+
+
+def _rate(records: Iterable[Mapping[str, Any]], case: str, arm: str) -> float | None:
+    found = [r for r in records if r["case"] == case and r["arm"] == arm and r["status"] == "completed"]
+    # for mixed packs HF's rate is that of plain LoRA on the same task
+    found = found or [
+        r
+        for r in records
+        if arm == "hf" and case == "mixed" and (r["case"], r["arm"], r["status"]) == ("rte", "hf", "completed")
+    ]
+    return 3600 * found[0]["runs"] / whole_seconds(found[0]) if found else None
+
+
+def calls_of(records: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Return this script's records by the call that made them: ratios hold within one only."""
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for record in records:
+        if record.get("comparison") == "packing-wall":
+            found.setdefault((record["date"], record["command"]), []).append(record)
+    return list(found.values())
+
+
+def compare(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Run the arms of all cases and return a record of each, kept as soon as it is there."""
+    origin = common.header("packing-wall", common.pick_device(options.device))
+    records = []
+    for name in options.cases:
+        case = CASES[name]
+        for arm in options.arms.split(",") if options.arms else case.arms:
+            found = measure(case, arm, options, folder)
+            record = {**origin, "case": name, "arm": arm, "runs": case.runs, **found}
+            common.append(options.out, [record])
+            records.append(record)
+            common.say(f"{name}, {arm}: {found['wall_seconds']:.1f} s, {found['runs_timed']} runs, {found['status']}")
+    return records
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="case", help=f"{', '.join(CASES)}; rte by default")
+    parser.add_argument("--out", help="file that records are added to, one a line")
+    parser.add_argument("--table", nargs="+", metavar="FILE", help="show the records of these files; time nothing")
+    parser.add_argument("--arms", help="comma list of hf, auto and sizes of packs; 1: one run at a time")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for every sweep")
+    parser.add_argument("--peer", default="", metavar="ARGUMENTS", help="more arguments for trainer.py, in one word")
+    parser.add_argument("--limit", type=float, help="seconds a command may take")
+    parser.add_argument("--keep", type=Path, help="folder that the sweeps' records stay in; a temporary one by default")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="for the records' header")
+    options = parser.parse_args(arguments)
+    options.cases = options.cases or ["rte"]
+    unknown = sorted(set(options.cases) - set(CASES))
+    if unknown:
+        parser.error(f"{unknown[0]}: expected some of {', '.join(CASES)}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    """Time (or read), print the table and return the records."""
+    options = parse(arguments)
+    if options.table:
+        records = common.read(options.table)
+    elif options.keep:
+        records = compare(options, options.keep.resolve())
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            records = compare(options, Path(folder))
+    for call in calls_of(records):
+        first = call[0]
+        print(f"{first['device']}, torch {first['versions'].get('torch')}, {first['date'][:10]}")
+        print(report(call))
+    return records
+
+
+if __name__ == "__main__":
+    main()
