@@ -3,8 +3,9 @@
 Runs of a pack share the frozen base's products. While a step leaves the device waiting for work, more rows are nearly
 free and the time per run falls; once the device is busy it stays, and a larger pack wins nothing. Where that happens
 depends on model, methods, batch, length and machine, so it is measured: 1, 2, 4, … runs of the group itself, in the
-group's order, on a batch of the length that training mostly pads to. Whole training is not: with `train.execution` of
-the compiled kind steps are timed uncompiled, since compiling each size would take longer than it can win.
+group's order, on a batch of the length that training mostly pads to, against the same runs one after another. With
+`train.execution` of the compiled kind steps are timed uncompiled: compiling each size would take longer than it can
+win.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from peftbench import environment
+from peftbench import environment, registry
 from peftbench.assembly import Setting, assembled, backbone_of, free
 from peftbench.config import TrainConfig, build
 from peftbench.cost import fixed_batch, trial_on
@@ -32,9 +33,9 @@ DEFAULT = {"cuda": 8, "cpu": 4}
 """Runs side by side where nothing was measured."""
 MOST = {"cuda": 64, "cpu": 8}
 FALLING = 0.05
-"""A pack is doubled while that lowers the time per run by at least this share."""
+"""A pack is doubled while that lowers its time by at least this share, against the same runs one after another."""
 GAIN = 0.02
-"""Packs that win less than this share of the time are not worth it: then each run goes alone."""
+"""Packs that win less than this share of the time of runs alone are not worth it: then each goes alone."""
 FEWEST = 1000
 """Steps of all runs together below which measuring takes longer than it can win."""
 SHARE = {"cuda": 0.2, "cpu": 0.04}
@@ -49,34 +50,48 @@ TIMED: dict[str, dict[str, Any]] = {
 }
 STEPS: dict[str, int] = {kind: how["min_warmup"] + how["steps"] for kind, how in TIMED.items()}
 
-Curve = dict[int, float]
-"""Runs side by side → seconds that a step of all of them takes."""
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds that one step of some runs takes side by side, and one step of each of them one after another."""
+
+    together: float
+    alone: float
+
+    @property
+    def share(self) -> float:
+        """The time side by side as a share of that one after another."""
+        return self.together / self.alone
+
+
+Curve = dict[int, Step]
+"""Runs side by side → what a step of them takes."""
 Fitting = Callable[[Sequence[RunSpec], int], int]
 """Tells how many of some runs, up to a number, fit side by side into memory."""
 
 
-def best(curve: Mapping[int, float]) -> int:
-    """Return the size with the lowest seconds per run; 1 if that is less than `GAIN` below a run alone."""
-    size = min(curve, key=lambda runs: (curve[runs] / runs, runs))
-    return size if curve[size] / size <= (1 - GAIN) * curve[1] else 1
+def best(curve: Mapping[int, Step]) -> int:
+    """Return the size that saves most time; 1 if that is less than `GAIN`."""
+    size = min(curve, key=lambda runs: (curve[runs].share, runs))
+    return size if curve[size].share <= 1 - GAIN else 1
 
 
 def grow(
-    known: Mapping[int, float],
+    known: Mapping[int, Step],
     limit: int,
     fits: Callable[[int], int],
-    seconds: Callable[[int], float],
+    step: Callable[[int], Step],
     affordable: Callable[[Curve, int], bool],
 ) -> tuple[Curve, str]:
     """Time packs of doubling size and return the curve, and why it ends.
 
-    Reasons: "flat" (the time per run fell by less than `FALLING`), "runs" (`limit` is reached), "memory", "time".
+    Reasons: "flat" (the last doubling won less than `FALLING`), "runs" (`limit` is reached), "memory", "time".
 
     Args:
         known: what was timed before; it is not timed again.
         limit: the largest size wanted.
         fits: tells how many runs, up to a number, memory is predicted to hold.
-        seconds: times a step of so many runs; may raise torch.OutOfMemoryError.
+        step: times a step of so many runs; may raise torch.OutOfMemoryError.
         affordable: whether the next size may be timed after a curve.
     """
     curve, last, size = dict(known), 0, 1
@@ -85,10 +100,10 @@ def grow(
             if not affordable(curve, size):
                 return curve, "time"
             try:
-                curve[size] = seconds(size)
+                curve[size] = step(size)
             except torch.OutOfMemoryError:
                 return curve, "memory"
-        if last and curve[size] / size > (1 - FALLING) * curve[last] / last:
+        if last and curve[size].share > (1 - FALLING) * curve[last].share:
             return curve, "flat"
         if size >= limit:
             return curve, "runs"
@@ -118,8 +133,8 @@ class Budget:
         self._begin = now if self._begin is None else self._begin
         last = max(curve)
         # at most: without any gain from packing
-        next_seconds = STEPS[self.kind] * size * curve[last] / last
-        ahead = self.run_steps * min(seconds / runs for runs, seconds in curve.items())
+        next_seconds = STEPS[self.kind] * size * curve[last].together / last
+        ahead = self.run_steps * min(step.together / runs for runs, step in curve.items())
         allowed = SHARE[self.kind] * ahead
         if self.kind == "cuda":
             allowed = min(allowed, max(LIMIT_SECONDS, SLOW_SHARE * ahead))
@@ -134,11 +149,10 @@ def typical_length(lengths: Sequence[int], batch_size: int, max_length: int) -> 
 
 
 class Stopwatch:
-    """Times steps of the first so many of some runs that can share a base, side by side."""
+    """Times steps of runs that can share a base."""
 
     def __init__(self, members: Sequence[RunSpec]) -> None:
-        """Load the base, unless it is the one used last, and the texts of training."""
-        self.members = members
+        """Load the base of `members`, unless it is the one used last, and the texts they train on."""
         alone = Setting.of(members[:1])
         backbone = backbone_of(alone)
         rows = alone.task.splits(members[0].protocol)["train"]
@@ -149,20 +163,20 @@ class Stopwatch:
         )
         self.device = alone.device
 
-    def __call__(self, runs: int) -> float:
-        """Return the seconds of a step of the first `runs` runs: the median of a few."""
+    def __call__(self, runs: Sequence[RunSpec]) -> float:
+        """Return the seconds of a step of `runs` side by side: the median of a few."""
         free(self.device)
         try:
             return self._seconds(runs)
         finally:
             free(self.device)
 
-    def _seconds(self, runs: int) -> float:
-        setting = Setting.of(self.members[:runs])
+    def _seconds(self, runs: Sequence[RunSpec]) -> float:
+        setting = Setting.of(runs)
         shaped = dataclasses.replace(setting.train, max_length=self.length, execution=self.execution)
         with assembled(dataclasses.replace(setting, train=shaped)) as assembly:
             tokenizer: Any = assembly.backbone.tokenizer
-            fixed = fixed_batch(self._encoded, runs * shaped.batch_size, self.length, len(tokenizer))
+            fixed = fixed_batch(self._encoded, len(runs) * shaped.batch_size, self.length, len(tokenizer))
             trial = trial_on(assembly, TokenTable(fixed, 0, self.device))
             return time_steps(trial.step, self.device, **TIMED[self.device.type]).percentile(50)
 
@@ -240,14 +254,14 @@ class Packing:
             return 1
         key = packing_id(members)
         kept = self.store.packing(key)
-        known: Curve = {} if kept is None else dict(zip(kept["sizes"], kept["step_seconds"], strict=True))
+        known: Curve = {} if kept is None else _read(kept)
         if known and best(known) >= runs:
             curve, ended = known, "runs"
         else:
             curve, ended = self._measured(members, key, known)
         size = best(curve) if curve else 1
         if not curve or (ended == "time" and size == max(curve)):
-            size = max(size, DEFAULT[self.kind])  # for all that is known the time per run still falls
+            size = max(size, DEFAULT[self.kind])  # for all that is known a larger pack wins more
         size = self.fitting(members, min(size, runs))
         if len(curve) > 1:
             self.tell(line(members, curve, size))
@@ -257,15 +271,20 @@ class Packing:
         """Continue the curve as far as it goes, and keep what is new."""
         limit = min(MOST[self.kind], len(members))
         watch: list[Any] = []
+        alone: dict[str, float] = {}
 
-        def seconds(runs: int) -> float:
+        def step(runs: int) -> Step:
             if not watch:
                 watch.append(self.stopwatch(members))
-            return float(watch[0](runs))
+            for spec in members[:runs]:
+                if _kind(spec) not in alone:
+                    alone[_kind(spec)] = watch[0]([spec])
+            one_by_one = sum(alone[_kind(spec)] for spec in members[:runs])
+            return Step(one_by_one if runs == 1 else watch[0](members[:runs]), one_by_one)
 
         budget = Budget(self.kind, run_steps(members) if self.measure else 0, self.clock)
         try:
-            curve, ended = grow(known, limit, lambda most: self.fitting(members, most), seconds, budget)
+            curve, ended = grow(known, limit, lambda most: self.fitting(members, most), step, budget)
         except Exception as error:  # noqa: BLE001  the runs meet the same error and record it
             free(torch.device(members[0].device))
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -288,13 +307,25 @@ class Packing:
             "precision": first.train["precision"],
             "execution": watch.execution,
             "sizes": sizes,
-            "step_seconds": [curve[size] for size in sizes],
+            "step_seconds": [curve[size].together for size in sizes],
+            "alone_seconds": [curve[size].alone for size in sizes],
             "chosen": best(curve),
             "ended": ended,
             "device_kind": first.identity["device_kind"],
             "versions": _versions(),
         }
         self.store.write_packing(key, content)
+
+
+def _read(kept: Mapping[str, Any]) -> Curve:
+    rows = zip(kept["sizes"], kept["step_seconds"], kept["alone_seconds"], strict=True)
+    return {size: Step(together, alone) for size, together, alone in rows}
+
+
+def _kind(spec: RunSpec) -> str:
+    """Return what of a run's method makes its steps alone as long as another's: all but what differs within packs."""
+    method: Any = registry.load_class(spec.method["_target_"], "method")
+    return canonical({key: value for key, value in spec.method.items() if key not in method.traits.free_in_pack})
 
 
 def _methods(members: Sequence[RunSpec]) -> list[str]:
@@ -308,9 +339,10 @@ def _named(members: Sequence[RunSpec]) -> str:
 
 
 def line(members: Sequence[RunSpec], curve: Curve, size: int) -> str:
-    """Return what is said of a choice: the size, and the best pack measured against a run alone."""
+    """Return what is said of a choice: the size, and the best pack measured against a run alone, on average."""
     shown = best(curve) if best(curve) > 1 else max(curve)
-    times = f"1 run {1000 * curve[1]:.1f} ms, {shown} runs {1000 * curve[shown]:.1f} ms a step"
-    gain = shown * curve[1] / curve[shown]
+    step = curve[shown]
+    times = f"1 run {1000 * step.alone / shown:.1f} ms, {shown} runs {1000 * step.together:.1f} ms a step"
+    gain = step.alone / step.together
     many = "1 run at a time" if size == 1 else f"{size} runs side by side"
     return f"pack=auto: {many} ({times}: {gain:.1f} x), {_named(members)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from peftbench import job, packing
 from peftbench.errors import UserError
-from peftbench.packing import DEFAULT, FEWEST, Budget, Packing, Stopwatch, best, grow, line, typical_length
+from peftbench.packing import DEFAULT, FEWEST, Budget, Packing, Step, Stopwatch, best, grow, line, typical_length
 from peftbench.record import RunSpec
 from peftbench.store import Store
 from peftbench.sweep import prepare
@@ -28,16 +28,20 @@ CURVES: dict[str, Callable[[int], float]] = {
 }
 
 
-def grown(shape: str, limit: int = 64, memory: int = 999, known: Mapping[int, float] | None = None) -> Any:
+def step_of(shape: str, runs: int) -> Step:
+    return Step(CURVES[shape](runs), runs * CURVES[shape](1))
+
+
+def grown(shape: str, limit: int = 64, memory: int = 999, known: Mapping[int, Step] | None = None) -> Any:
     """Return the curve of a shape, why it ends, and the sizes that were timed."""
     timed: list[int] = []
 
-    def seconds(runs: int) -> float:
+    def seconds(runs: int) -> Step:
         timed.append(runs)
-        return CURVES[shape](runs)
+        return step_of(shape, runs)
 
     curve, ended = grow(known or {}, limit, lambda most: min(most, memory), seconds, lambda curve, size: True)
-    assert curve == {runs: CURVES[shape](runs) for runs in curve}
+    assert curve == {runs: step_of(shape, runs) for runs in curve}
     return curve, ended, timed
 
 
@@ -69,8 +73,8 @@ def test_a_chosen_pack_is_never_slower_than_a_run_alone(shape: str, limit: int) 
     chosen = best(curve)
     assert chosen <= limit
     assert max(timed) <= limit
-    assert curve[chosen] / chosen <= curve[1]
-    assert all(curve[chosen] / chosen <= seconds / runs for runs, seconds in curve.items()) or chosen == 1
+    assert curve[chosen].together <= curve[chosen].alone
+    assert all(curve[chosen].share <= step.share for step in curve.values()) or chosen == 1
 
 
 @pytest.mark.parametrize(("limit", "sizes"), [(1, [1]), (3, [1, 2, 3]), (12, [1, 2, 4, 8, 12]), (16, [1, 2, 4, 8, 16])])
@@ -84,10 +88,10 @@ def test_predicted_memory_bounds_what_is_timed(memory: int, sizes: list[int]) ->
 
 
 def test_running_out_of_memory_ends_the_curve() -> None:
-    def seconds(runs: int) -> float:
+    def seconds(runs: int) -> Step:
         if runs > 4:
             raise torch.OutOfMemoryError("too much")
-        return 10.0
+        return Step(10.0, 10.0 * runs)
 
     curve, ended = grow({}, 64, lambda most: most, seconds, lambda curve, size: True)
     assert (sorted(curve), ended, best(curve)) == ([1, 2, 4], "memory", 4)
@@ -117,9 +121,9 @@ def spent(kind: str, run_steps: int, step: float, overhead: float = 0.0) -> tupl
     clock = Clock()
     budget = Budget(kind, run_steps, clock)
 
-    def seconds(runs: int) -> float:
+    def seconds(runs: int) -> Step:
         clock.now += overhead + packing.STEPS[kind] * step
-        return step
+        return Step(step, step * runs)
 
     curve, _ = grow({}, packing.MOST[kind], lambda most: most, seconds, budget)
     return list(curve), clock.now
@@ -135,13 +139,14 @@ def test_short_training_is_not_measured() -> None:
 def test_measuring_takes_less_than_a_twentieth_of_training_on_a_cpu(run_steps: int, step: float) -> None:
     clock = Clock()
 
-    def seconds(runs: int) -> float:
-        clock.now += packing.STEPS["cpu"] * step * runs * 0.94**runs
-        return step * runs * 0.94**runs
+    def seconds(runs: int) -> Step:
+        together = step * runs * 0.94**runs
+        clock.now += packing.STEPS["cpu"] * together
+        return Step(together, step * runs)
 
     curve, _ = grow({}, 8, lambda most: most, seconds, Budget("cpu", run_steps, clock))
     assert {1, 2, 4} <= set(curve)
-    assert clock.now < 0.05 * run_steps * min(curve[runs] / runs for runs in curve)
+    assert clock.now < 0.05 * run_steps * min(curve[runs].together / runs for runs in curve)
 
 
 def test_measuring_stops_after_ten_seconds_on_a_gpu() -> None:
@@ -172,24 +177,24 @@ def test_the_length_is_that_of_the_median_batch() -> None:
 
 
 class Watch:
-    """Stands in for what times steps."""
+    """Stands in for what times steps; the first method's is as given, another's is `other` times as long."""
 
-    length, execution = 24, "eager"
-
-    def __init__(self, shape: str = "falling") -> None:
-        self.shape = shape
+    def __init__(self, shape: str = "falling", other: float = 1.0) -> None:
+        self.shape, self.other = shape, other
         self.timed: list[int] = []
+        self.members: list[RunSpec] = []
 
-    def __call__(self, members: Sequence[RunSpec]) -> Callable[[int], float]:
+    def __call__(self, members: Sequence[RunSpec]) -> Callable[[Sequence[RunSpec]], float]:
         self.members = list(members)
         watch = self
 
         class Started:
-            length, execution = watch.length, watch.execution
+            length, execution = 24, "eager"
 
-            def __call__(self, runs: int) -> float:
-                watch.timed.append(runs)
-                return CURVES[watch.shape](runs) / 1000
+            def __call__(self, runs: Sequence[RunSpec]) -> float:
+                watch.timed.append(len(runs))
+                more = [watch.other if s.method["name"] != members[0].method["name"] else 1.0 for s in runs]
+                return CURVES[watch.shape](len(runs)) / 1000 * sum(more) / len(more)
 
         return Started()
 
@@ -199,9 +204,9 @@ def lines() -> list[str]:
     return []
 
 
-def group(runs: int, steps: int = 2000, **changes: Any) -> list[RunSpec]:
+def group(runs: int, changes: Mapping[str, Any] | None = None, steps: int = 2000) -> list[RunSpec]:
     recipe = {"steps": steps, "batch_size": 32, "learning_rate": 1e-3, "max_length": 24, "precision": "fp32"}
-    return [make_spec(train=recipe, seed=seed, **changes) for seed in range(runs)]
+    return [make_spec(train=recipe, seed=seed, **(changes or {})) for seed in range(runs)]
 
 
 def chooser(folder: Path, watch: Watch, lines: list[str], kind: str = "cuda", memory: int = 999) -> Packing:
@@ -225,9 +230,14 @@ def test_a_choice_is_told_in_a_line(tmp_path: Path, lines: list[str]) -> None:
     assert lines == ["pack=auto: 1 run at a time (1 run 10.0 ms, 2 runs 20.0 ms a step: 1.0 x), lora on toy with tiny"]
 
 
+IA3 = {"method": {"name": "ia3", "_target_": "peftbench.methods.ia3.IA3"}}
+
+
 def test_a_line_names_many_methods_by_their_number() -> None:
-    members = [*group(1), *group(1, **{"method.name": "ia3"})]
-    assert line(members, {1: 0.0112, 2: 0.012}, 2).endswith("a step: 1.9 x), 2 methods on toy with tiny")
+    members = [*group(1), *group(1, IA3)]
+    curve = {1: Step(0.0112, 0.0112), 2: Step(0.012, 0.0228)}
+    told = "pack=auto: 2 runs side by side (1 run 11.4 ms, 2 runs 12.0 ms a step: 1.9 x), 2 methods on toy with tiny"
+    assert line(members, curve, 2) == told
 
 
 def test_what_was_measured_is_kept_and_used_again(tmp_path: Path, lines: list[str]) -> None:
@@ -237,7 +247,8 @@ def test_what_was_measured_is_kept_and_used_again(tmp_path: Path, lines: list[st
     kept = json.loads(path.read_text())
     assert kept["packing_id"] == path.stem
     assert kept["sizes"] == [1, 2, 4, 8, 16, 32, 40]
-    assert kept["step_seconds"] == [CURVES["falling"](n) / 1000 for n in kept["sizes"]]
+    assert kept["step_seconds"] == pytest.approx([CURVES["falling"](n) / 1000 for n in kept["sizes"]])
+    assert kept["alone_seconds"] == pytest.approx([n * CURVES["falling"](1) / 1000 for n in kept["sizes"]])
     assert (kept["chosen"], kept["ended"], kept["device_kind"]) == (40, "runs", "cpu")
     assert kept["versions"]["torch"]
     again = Watch("falling")
@@ -251,30 +262,35 @@ def test_more_runs_continue_the_curve(tmp_path: Path, lines: list[str]) -> None:
     watch = Watch("falling")
     assert chooser(tmp_path, watch, lines).size(group(4)) == 4
     assert chooser(tmp_path, watch, lines).size(group(20)) == 20
-    assert watch.timed == [1, 2, 4, 8, 16, 20]
+    assert watch.timed == [1, 2, 4, 1, 8, 16, 20]  # what one run takes alone may have changed
     [path] = (tmp_path / "packing").iterdir()
     assert json.loads(path.read_text())["sizes"] == [1, 2, 4, 8, 16, 20]
 
 
 def test_another_configuration_is_measured_by_itself(tmp_path: Path, lines: list[str]) -> None:
     watch = Watch()
-    for changes in ({}, {"method.rank": 4}, {"identity.data": "other"}, {"identity.device_kind": "other"}):
-        chooser(tmp_path, watch, lines).size(group(2, **changes))
+    others: list[dict[str, Any]] = [{"method.rank": 4}, {"identity.data": "other"}, {"identity.device_kind": "other"}]
+    for changes in ({}, *others):
+        chooser(tmp_path, watch, lines).size(group(2, changes))
     assert watch.timed == [1, 2] * 4
-    chooser(tmp_path, watch, lines).size(group(2, **{"method.alpha": 32.0}))  # costs the same
+    chooser(tmp_path, watch, lines).size(group(2, {"method.alpha": 32.0}))  # costs the same
     assert watch.timed == [1, 2] * 4
 
 
 def test_a_group_of_several_methods_is_measured_in_its_order(tmp_path: Path, lines: list[str]) -> None:
     watch = Watch("falling")
-    members = [
-        spec
-        for seed in range(3)
-        for spec in (make_spec(seed=seed, train=group(1)[0].train), *group(1, **{"method.rank": 2}))
-    ]
+    members = [spec for pair in zip(group(3), group(3, IA3), strict=True) for spec in pair]
     assert chooser(tmp_path, watch, lines).size(members) == 6
     assert watch.members == members
-    assert watch.timed == [1, 2, 4, 6]
+    assert watch.timed == [1, 1, 2, 4, 6]  # the second is the other method alone
+
+
+@pytest.mark.parametrize(("shape", "chosen"), [("falling", 8), ("flat", 1), ("saturating", 4)])
+def test_a_pack_is_held_against_its_own_runs_alone(tmp_path: Path, lines: list[str], shape: str, chosen: int) -> None:
+    """Later methods are three times as slow: a pack with them is no loss because the first run alone is faster."""
+    watch = Watch(shape, other=3.0)
+    members = [*group(1), *group(7, IA3)]
+    assert chooser(tmp_path, watch, lines).size(members) == chosen
 
 
 def test_one_run_and_short_groups_are_not_measured(tmp_path: Path, lines: list[str]) -> None:
@@ -315,7 +331,7 @@ def test_a_curve_cut_off_while_it_falls_gives_no_less_than_the_default(tmp_path:
 
 def test_what_cannot_be_timed_is_said_and_takes_the_default(tmp_path: Path, lines: list[str]) -> None:
     class Broken(Watch):
-        def __call__(self, members: Sequence[RunSpec]) -> Callable[[int], float]:
+        def __call__(self, members: Sequence[RunSpec]) -> Callable[[Sequence[RunSpec]], float]:
             raise UserError("model=tiny: no weights")
 
     assert chooser(tmp_path, Broken(), lines).size(group(40)) == DEFAULT["cuda"]
@@ -328,13 +344,13 @@ TINY = ["model=tiny-bert", "task=tiny", "train.batch_size=4", "profile=skip", "d
 
 
 @pytest.fixture
-def looked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def looked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Note the sizes that are really timed."""
     timed: list[int] = []
     real = Stopwatch._seconds
 
-    def seconds(self: Stopwatch, runs: int) -> float:
-        timed.append(runs)
+    def seconds(self: Stopwatch, runs: Sequence[RunSpec]) -> float:
+        timed.append(len(runs))
         return real(self, runs)
 
     monkeypatch.setattr(Stopwatch, "_seconds", seconds)
