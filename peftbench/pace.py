@@ -8,47 +8,68 @@ Kind = tuple[str, str]
 """Model and task: packs of one kind take about as long, run for run."""
 
 BETWEEN_SECONDS = 0.25
-"""Time between two looks at the pace: a step may take a hundredth of that."""
+"""Time between two looks at the rate: a step may take a hundredth of that."""
 RECENT = 40
-"""Looks that the pace of the moment is taken over: ten seconds."""
+"""Looks that the rate of the moment is taken over: ten seconds or more."""
 ENOUGH_SECONDS = 2.0
 """Training shorter than that says nothing about what is left."""
 
 
-class Pace:
-    """Steps of the runs that train side by side: per second now, and seconds until the last one."""
+class Rate:
+    """Steps per second of training, without what comes between the steps."""
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+        self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT)
+        self._looked = -math.inf
+        self._paused: float | None = None
+        self._pauses = 0.0
+
+    def restart(self) -> None:
+        """Steps are counted anew; the rate stands until there is another."""
+        self._recent.clear()
+        self._looked = -math.inf
+
+    def pause(self, now: float) -> None:
+        """Something else than training begins: that is no slow step."""
+        if self._paused is None:
+            self._paused = now
+
+    def resume(self, now: float) -> None:
+        """Training goes on."""
+        if self._paused is not None:
+            self._pauses += now - self._paused
+            self._paused = None
+
+    def at(self, now: float, done: int) -> None:
+        """`done` steps are made at `now` seconds; called after any or every step, hence cheap."""
+        if now - self._looked < BETWEEN_SECONDS:
+            return
+        self._looked = now
+        trained = now - self._pauses
+        self._recent.append((trained, done))
+        since, before = self._recent[0]
+        if trained - since >= BETWEEN_SECONDS and done > before:
+            self.value = (done - before) / (trained - since)
+
+
+class Course:
+    """How much of some work is done, and the time left at the pace so far, with all that comes between the steps."""
 
     def __init__(self) -> None:
         self.done, self.total = 0, 0
-        self.rate: float | None = None
         self.left: float | None = None
-        self._begun = (0.0, 0)
-        self._looked = -math.inf
-        self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT)
+        self._begun: tuple[float, int] | None = None
 
     def at(self, now: float, done: int, total: int) -> None:
-        """`done` of `total` steps are made at `now` seconds; called after any or every step, hence cheap."""
-        first = self.total == 0
+        """`done` of `total` is done at `now` seconds."""
         self.done, self.total = done, total
-        if first:
+        if self._begun is None:
             # what comes before the first step is no training, and that step may hold a compilation
             self._begun = (now, done)
-        if now - self._looked < BETWEEN_SECONDS and done < total:
-            return
-        self._looked = now
-        self._recent.append((now, done))
-        since, before = self._recent[0]
-        if now - since >= BETWEEN_SECONDS and done > before:
-            self.rate = (done - before) / (now - since)
-        began, first_done = self._begun
-        if now - began >= ENOUGH_SECONDS and done > first_done:
-            # evaluations between the steps come again in what is left
-            self.left = (now - began) / (done - first_done) * (total - done)
-
-    def pause(self) -> None:
-        """Something else than training begins: it does not count as slow steps."""
-        self._recent.clear()
-        self._looked = -math.inf
+        began, before = self._begun
+        if now - began >= ENOUGH_SECONDS and done > before:
+            self.left = (now - began) / (done - before) * (total - done)
 
 
 class Durations:

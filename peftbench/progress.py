@@ -4,6 +4,7 @@ import contextlib
 import math
 import statistics
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +14,11 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live as Screen
 from rich.text import Text
 
-from peftbench.pace import Durations, Kind, Pace, clock
+from peftbench.pace import Course, Durations, Kind, Rate, clock
 from peftbench.record import RunRecord, RunSpec
 
 REDRAWS_PER_SECOND = 2
-"""A redraw takes the interpreter from the training loop for about a millisecond."""
+"""Each takes the interpreter from the training loop for one or two milliseconds."""
 LOSSES = 30
 """Losses in the sparkline."""
 LOSS_SECONDS = 0.5
@@ -80,8 +81,11 @@ class Quiet:
     def phase(self, name: str) -> None:
         """Something else begins: load, profile, train, evaluate, test."""
 
+    def planned(self, specs: Sequence[RunSpec], steps: Sequence[int]) -> None:
+        """Training of these runs of the pack begins from nothing; each has so many steps to make, or ends early."""
+
     def members(self, specs: Sequence[RunSpec]) -> None:
-        """From now on these runs of the pack train side by side, and steps are counted anew."""
+        """From now on these of the planned runs train side by side, and steps are counted anew."""
 
     def steps(self, done: int, total: int, losses: Sequence[float] | None) -> None:
         """`done` of `total` optimizer steps of the members; losses per run, or None where nobody looked."""
@@ -148,29 +152,14 @@ class Live(Lines):
     ) -> None:
         super().__init__(packs, console)
         self.now = now
+        # Never held while something is printed: printing waits for the thread that draws, which waits for this.
+        self.lock = threading.RLock()
         self.started = now()
         self.packs_done = 0
         self.durations = Durations()
         self.waiting = _kinds(packs)
-        self.specs: Sequence[RunSpec] = ()
         self.phase_name = ""
-        self._forget()
-
-    def _forget(self) -> None:
-        """Nothing is known of the pack in hand yet."""
-        self.begun = self.now()
-        self.training: Sequence[RunSpec] = self.specs
-        self.recorded: dict[str, str] = {}
-        self.trained: set[str] = set()
-        self.metric: Text | None = None
-        self._restart()
-
-    def _restart(self) -> None:
-        """Nothing is known of the members' training yet."""
-        self.since = self.now()
-        self.pace = Pace()
-        self.losses: tuple[float, ...] = ()
-        self._sum, self._count, self._told, self._last = 0.0, 0, -math.inf, math.nan
+        self._take(())
 
     def __enter__(self) -> Self:
         self.screen = Screen(
@@ -186,37 +175,68 @@ class Live(Lines):
     def __exit__(self, *exception: object) -> None:
         self.screen.stop()
 
+    def _take(self, specs: Sequence[RunSpec]) -> None:
+        """Take a pack, or none, in hand: nothing is known of it yet."""
+        self.specs = self.training = specs
+        self.begun = self.now()
+        self.recorded: dict[str, str] = {}
+        self.rate = Rate()
+        self.planned((), ())
+
     def pack(self, specs: Sequence[RunSpec]) -> None:
-        self._move(specs)
-        self.waiting = _kinds(self.packs[self.position + 1 :])
-        self.specs = specs
-        self._forget()
+        with self.lock:
+            self._move(specs)
+            self.waiting = _kinds(self.packs[self.position + 1 :])
+            self._take(specs)
+
+    def planned(self, specs: Sequence[RunSpec], steps: Sequence[int]) -> None:
+        with self.lock:
+            self.plan = {spec.run_id: count for spec, count in zip(specs, steps, strict=True)}
+            self.made: Counter[str] = Counter()
+            self.course = Course()
+            self.metric: Text | None = None
+            self.losses: tuple[float, ...] = ()
+            self._sum, self._count, self._told, self._last = 0.0, 0, -math.inf, math.nan
+            self.done_steps = self.all_steps = 0
+            self._settle()
+
+    def _settle(self) -> None:
+        """Add the members' steps up to now to what each run has made."""
+        self.made.update({spec.run_id: self.done_steps for spec in self.training})
+        self.done_steps = 0
+        self.before = sum(self.made[run_id] for run_id in self.plan)
+        # a run that ended early makes no more steps
+        self.work = sum(self.made[i] if i in self.recorded else total for i, total in self.plan.items())
 
     def phase(self, name: str) -> None:
-        self.phase_name = name
-        self.pace.pause()
+        with self.lock:
+            self.phase_name = name
+            (self.rate.resume if name == "train" else self.rate.pause)(self.now())
 
     def members(self, specs: Sequence[RunSpec]) -> None:
-        self.training = specs
-        self._restart()
+        with self.lock:
+            self._settle()
+            self.training = specs
+            self.all_steps = 0
+            self.rate.restart()
 
     def steps(self, done: int, total: int, losses: Sequence[float] | None) -> None:
-        now = self.now()
-        if done < self.pace.done:
-            self._restart()
-        if self.pace.total == 0:
-            self.trained.update(spec.run_id for spec in self.training)
-        self.pace.at(now, done, total)
-        finite = [x for x in losses or () if x is not None and math.isfinite(x)]
-        if not finite:
-            return
-        mean = sum(finite) / len(finite)
-        if mean == self._last:
-            return  # the same look told again
+        with self.lock:
+            now, runs = self.now(), len(self.training)
+            self.done_steps, self.all_steps = done, total
+            self.rate.at(now, done)
+            self.course.at(now, self.before + done * runs, self.work or total * runs)
+            if losses is not None:
+                self._note_losses(now, losses, done == total)
+
+    def _note_losses(self, now: float, losses: Sequence[float], last: bool) -> None:
+        finite = [x for x in losses if x is not None and math.isfinite(x)]
+        mean = sum(finite) / len(finite) if finite else math.nan
+        if not finite or mean == self._last:
+            return  # nothing, or what was told before
         self._last = mean
         self._sum, self._count = self._sum + mean, self._count + 1
-        if now - self._told >= LOSS_SECONDS or done == total:
-            # a new tuple: the thread that draws may be reading the old one
+        if now - self._told >= LOSS_SECONDS or last:
             self.losses = (*self.losses[1 - LOSSES :], self._sum / self._count)
             self._sum, self._count, self._told = 0.0, 0, now
 
@@ -233,71 +253,89 @@ class Live(Lines):
 
     def record(self, record: RunRecord) -> None:
         super().record(record)
-        self.recorded[record.run_id] = record.status
-        if not {spec.run_id for spec in self.specs} <= self.recorded.keys():
-            return
-        # a pack that failed at once says nothing about how long others take
-        if self.specs and "completed" in self.recorded.values():
-            self.durations.add(_kind(self.specs[0]), self.now() - self.begun, len(self.specs))
-        self.packs_done += 1
-        self.specs = ()
-        self._forget()
+        with self.lock:
+            self.recorded[record.run_id] = record.status
+            self._settle()
+            if not self.specs or not {spec.run_id for spec in self.specs} <= self.recorded.keys():
+                return
+            # a pack that failed at once says nothing about how long others take
+            if "completed" in self.recorded.values():
+                self.durations.add(_kind(self.specs[0]), self.now() - self.begun, len(self.specs))
+            self.packs_done += 1
+            self._take(())
 
     def _pack_left(self, now: float) -> tuple[float | None, float | None]:
         """Return the seconds left for the pack in hand, and those that each of its runs takes in all, if measured."""
-        left = self.pace.left if self.phase_name in ("train", "evaluate") else None
-        if left is None:
+        course, runs = self.course, len(self.specs)
+        if course.left is None or course.done >= course.total:
             usual = self.durations.per_run(_kind(self.specs[0]))
-            return None if usual is None else max(0.0, usual * len(self.specs) - (now - self.begun)), usual
-        over = self.trained | self.recorded.keys() | {spec.run_id for spec in self.training}
-        later = sum(spec.run_id not in over for spec in self.specs)
-        left += later * (now - self.since + left) / len(self.training)
-        return left, (now - self.begun + left) / len(self.specs)
+            return None if usual is None else max(0.0, usual * runs - (now - self.begun)), usual
+        left = course.left
+        if self.plan:
+            # the other half of a pack that memory did not hold is not planned yet
+            later = sum(spec.run_id not in self.plan and spec.run_id not in self.recorded for spec in self.specs)
+            left += later * (left / (course.total - course.done)) * course.total / len(self.plan)
+        return left, (now - self.begun + left) / runs
 
     def left(self, now: float) -> tuple[float | None, float | None, bool]:
         """Return the seconds left for the pack in hand and for the sweep, and whether the latter are all of them."""
-        hand, per_run = self._pack_left(now) if self.specs else (None, None)
-        in_hand = None if per_run is None else (_kind(self.specs[0]), per_run)
-        rest, complete = self.durations.of(self.waiting, in_hand)
-        known = not self.specs or hand is not None
-        total = rest + (hand or 0.0)
-        begun = self.position >= 0 and (hand is not None or rest > 0)
-        return hand, total if begun else None, complete and known
+        with self.lock:
+            hand, per_run = self._pack_left(now) if self.specs else (None, None)
+            in_hand = None if per_run is None else (_kind(self.specs[0]), per_run)
+            rest, complete = self.durations.of(self.waiting, in_hand)
+            if self.specs and hand is None:
+                complete = False
+        known = self.position >= 0 and (hand is not None or rest > 0)
+        return hand, rest + (hand or 0.0) if known else None, complete
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width, ascii_only, now = options.max_width, options.ascii_only, self.now()
-        bar = 20 if width >= 80 else 10
-        pack_left, left, complete = self.left(now)
-        sweep = [
+    def view(self, width: int, ascii_only: bool = False) -> list[Text]:
+        """Return the lines for a terminal of `width` columns."""
+        bar = 20 if width >= 100 else 10
+        with self.lock:
+            now = self.now()
+            pack_left, left, complete = self.left(now)
+            phase = Text(PHASES.get(self.phase_name, self.phase_name))
+            blocks = [self._sweep_line(now, left, complete, bar, ascii_only)]
+            if not self.specs:
+                blocks.append([phase])
+            else:
+                waiting = len(self.specs) - len(self.recorded) - len(self.training)
+                others = [Text(f"{waiting} more wait")] if waiting > 0 else []
+                blocks.append([Text(described(self.training), "bold"), phase, *others])
+                if self.course.total:
+                    blocks += [self._steps_line(pack_left, bar, ascii_only), self._loss_line(ascii_only)]
+        return [line for fields in blocks for line in _flow(fields, width)]
+
+    def _sweep_line(self, now: float, left: float | None, complete: bool, bar: int, ascii_only: bool) -> list[Text]:
+        statuses = [s for s in STYLES if s == "completed" or self.counts[s]]
+        return [
             _field("packs ", f"{self.packs_done}/{len(self.packs)}"),
             _field("runs ", f"{self.done}/{self.runs}"),
             _bar(self.done, self.runs, bar, ascii_only),
-            *(
-                Text(f"{self.counts[status]} {status.replace('_', ' ')}", style)
-                for status, style in STYLES.items()
-                if status == "completed" or self.counts[status]
-            ),
+            *(Text(f"{self.counts[s]} {s.replace('_', ' ')}", STYLES[s]) for s in statuses),
             _field("elapsed ", clock(now - self.started)),
             _field("left " if complete or left is None else "left at least ", clock(left)),
         ]
-        phase = PHASES.get(self.phase_name, self.phase_name)
-        blocks = [sweep]
-        if not self.specs:
-            blocks.append([Text(phase)])
-        else:
-            blocks.append([Text(described(self.training), "bold"), Text(phase)])
-            pace = self.pace
-            rates = [
-                _field("", f"{_number(pace.rate)} steps/s"),
-                _field("", f"{_number(pace.rate, len(self.training))} runs × steps/s"),
-            ]
-            if pace.total:
-                step = [_field("steps ", f"{pace.done}/{pace.total}"), _bar(pace.done, pace.total, bar, ascii_only)]
-                blocks.append([*step, *rates, _field("left ", clock(pack_left))])
-                loss = f"{sparkline(self.losses, ascii_only)} {self.losses[-1]:.4f}" if self.losses else "–"
-                blocks.append([_field("loss ", loss), *([self.metric] if self.metric else [])])
-        for fields in blocks:
-            yield from _flow(fields, width)
+
+    def _steps_line(self, left: float | None, bar: int, ascii_only: bool) -> list[Text]:
+        done, total, runs = self.course.done, self.course.total, len(self.training)
+        together = total == self.all_steps * runs
+        return [
+            _field(
+                *(("steps ", f"{done // runs}/{total // runs}") if together else ("runs × steps ", f"{done}/{total}"))
+            ),
+            _bar(done, total, bar, ascii_only),
+            _field("left ", clock(left)),
+            _field("", f"{_number(self.rate.value)} steps/s"),
+            _field("", f"{_number(self.rate.value, runs)} runs × steps/s"),
+        ]
+
+    def _loss_line(self, ascii_only: bool) -> list[Text]:
+        loss = f"{sparkline(self.losses, ascii_only)} {self.losses[-1]:.4f}" if self.losses else "–"
+        return [_field("loss ", loss), *([self.metric] if self.metric else [])]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from self.view(options.max_width, options.ascii_only)
 
 
 def _kind(spec: RunSpec) -> Kind:
