@@ -319,11 +319,11 @@ class Live(Lines):
 
     def _steps_line(self, left: float | None, bar: int, ascii_only: bool) -> list[Text]:
         done, total, runs = self.course.done, self.course.total, len(self.training)
-        together = total == self.all_steps * runs
+        counted = ("steps ", f"{done // runs}/{total // runs}")
+        if total != self.all_steps * runs:  # others make steps before or after these runs
+            counted = ("runs × steps ", f"{done}/{total}")
         return [
-            _field(
-                *(("steps ", f"{done // runs}/{total // runs}") if together else ("runs × steps ", f"{done}/{total}"))
-            ),
+            _field(*counted),
             _bar(done, total, bar, ascii_only),
             _field("left ", clock(left)),
             _field("", f"{_number(self.rate.value)} steps/s"),
