@@ -24,8 +24,10 @@ from typing import Any
 import sweeps
 from sweeps import Swept, common, timed
 
-SHARES = (("train",), ("evaluate", "test"), ("load", "set_up", "profile"))
-"""What the table's columns add up."""
+SPENT = {"training": ("train",), "evaluation": ("evaluate", "test"), "loading": ("load", "set_up", "profile")}
+"""What a run's time is spent on → the phases that count for it."""
+ONCE = "start, report"
+"""The rest of a command's time: imports, planning, choosing the size of packs, the report."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ def _peer(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, An
     found = common.read([out]) if out.is_file() else []
     named = ("load", "set_up", "train", "evaluate", "test")
     packs = [{name: r["seconds"][name] for name in named} for r in found]
+    if packs:
+        packs[0]["load"] += found[0]["data_seconds"]  # reading and tokenizing: the first pack of a sweep does it too
     busy = sum(sum(seconds.values()) for seconds in packs)
     return {
         "subcommand": command.shown,
@@ -125,16 +129,30 @@ def _peer(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, An
     }
 
 
-def whole_seconds(record: Mapping[str, Any]) -> float:
-    """Return the seconds of the whole case: those of the command, and of the runs that it left out, one at a time.
+def spent(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the seconds of the whole case by what they are spent on: those measured, and of the runs left out.
 
     A run left out counts with the mean of those after the first pack, which pays for what is done once.
     """
-    left = record["runs"] - record["runs_timed"]
-    if left <= 0:
-        return float(record["wall_seconds"])
-    seconds, runs = _later(record)
-    return float(record["wall_seconds"] + left * sum(sum(phases.values()) for phases in seconds) / runs)
+    left = max(0, record["runs"] - record["runs_timed"])
+    later, runs = _later(record)
+
+    def over(packs: Sequence[Mapping[str, float]], phases: Sequence[str]) -> float:
+        return sum(seconds.get(name, 0.0) for seconds in packs for name in phases)
+
+    busy = sum(sum(seconds.values()) for seconds in record["pack_seconds"])
+    return {
+        **{
+            what: over(record["pack_seconds"], names) + left * over(later, names) / runs
+            for what, names in SPENT.items()
+        },
+        ONCE: record["wall_seconds"] - busy,
+    }
+
+
+def whole_seconds(record: Mapping[str, Any]) -> float:
+    """Return the seconds of the whole case."""
+    return sum(spent(record).values())
 
 
 def step_seconds(record: Mapping[str, Any]) -> float | None:
@@ -149,12 +167,6 @@ def _later(record: Mapping[str, Any]) -> tuple[Sequence[Mapping[str, float]], in
     return (seconds[1:], sum(sizes[1:])) if len(sizes) > 1 else (seconds, sum(sizes))
 
 
-def share(record: Mapping[str, Any], *phases: str) -> float:
-    """Return the part of the command's time that its packs spent in `phases`."""
-    spent = sum(seconds.get(name, 0.0) for seconds in record["pack_seconds"] for name in phases)
-    return float(spent / record["wall_seconds"])
-
-
 def report(records: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of one call: its cases' arms, and how each compares with `Trainer` and with one at a time."""
     rows = []
@@ -163,7 +175,8 @@ def report(records: Sequence[Mapping[str, Any]]) -> str:
         if record["status"] != "completed":
             rows.append((name, "failed", *["–"] * 9))
             continue
-        rate = 3600 * record["runs"] / whole_seconds(record)
+        parts, whole = spent(record), whole_seconds(record)
+        rate = 3600 * record["runs"] / whole
         over = [_rate(records, record["case"], other) for other in ("hf", "1")]
         step = step_seconds(record)
         rows.append(
@@ -174,12 +187,11 @@ def report(records: Sequence[Mapping[str, Any]]) -> str:
                 f"{rate:.0f}",
                 *(common.shown(None if other is None else rate / other) for other in over),
                 common.shown(None if step is None else 1000 * step),
-                *(f"{100 * share(record, *names):.0f} %" for names in SHARES),
-                f"{100 * (record['start_seconds'] + record['after_seconds']) / record['wall_seconds']:.0f} %",
+                *(f"{100 * seconds / whole:.0f} %" for seconds in parts.values()),
             )
         )
     headers = ("arm", "runs timed", "seconds", "runs/h", "× HF", "× alone", "ms a run and step")
-    return common.table(headers + ("training", "evaluation", "loading", "start, report"), rows)
+    return common.table((*headers, *SPENT, ONCE), rows)
 
 
 def _named(record: Mapping[str, Any]) -> str:
@@ -191,13 +203,33 @@ def _named(record: Mapping[str, Any]) -> str:
 
 def _rate(records: Iterable[Mapping[str, Any]], case: str, arm: str) -> float | None:
     found = [r for r in records if r["case"] == case and r["arm"] == arm and r["status"] == "completed"]
-    # for mixed packs HF's rate is that of plain LoRA on the same task
-    found = found or [
-        r
-        for r in records
-        if arm == "hf" and case == "mixed" and (r["case"], r["arm"], r["status"]) == ("rte", "hf", "completed")
-    ]
     return 3600 * found[0]["runs"] / whole_seconds(found[0]) if found else None
+
+
+def draw(call: Sequence[Mapping[str, Any]], path: Path) -> list[Path]:
+    """Draw what a run of each arm takes, by what it is spent on; returns the files written."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    done = [r for r in call if r["status"] == "completed"]
+    figure, axes = pyplot.subplots(figsize=(6.2, 0.8 + 0.34 * len(done)), layout="constrained")
+    names = [f"{r['case']}: {_named(r)}" for r in done]
+    left = [0.0] * len(done)
+    for what in (*SPENT, ONCE):
+        width = [spent(r)[what] / r["runs"] for r in done]
+        axes.barh(names, width, left=left, label=what, color="0.7" if what == ONCE else None)
+        left = [a + b for a, b in zip(left, width, strict=True)]
+    axes.invert_yaxis()
+    axes.set_xlabel(f"seconds a run ({done[0]['device']})")
+    axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
+    for file in written:
+        figure.savefig(file, dpi=200)
+    pyplot.close(figure)
+    return written
 
 
 def calls_of(records: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
@@ -230,6 +262,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("cases", nargs="*", metavar="case", help=f"{', '.join(CASES)}; rte by default")
     parser.add_argument("--out", help="file that records are added to, one a line")
     parser.add_argument("--table", nargs="+", metavar="FILE", help="show the records of these files; time nothing")
+    parser.add_argument("--figure", type=Path, help="where to draw the last call, without suffix")
     parser.add_argument("--arms", help="comma list of hf, auto and sizes of packs; 1: one run at a time")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for every sweep")
     parser.add_argument("--peer", default="", metavar="ARGUMENTS", help="more arguments for trainer.py, in one word")
@@ -258,6 +291,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         first = call[0]
         print(f"{first['device']}, torch {first['versions'].get('torch')}, {first['date'][:10]}")
         print(report(call))
+    if options.figure and any(r["status"] == "completed" for r in records):
+        print("\n".join(map(str, draw(calls_of(records)[-1], options.figure))))
     return records
 
 
