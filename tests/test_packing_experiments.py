@@ -69,6 +69,19 @@ def test_runs_left_out_count_as_those_after_the_first(scripts: Any) -> None:
     assert wall.step_seconds(PACKED) == 0.1
 
 
+def test_a_pack_ends_with_its_last_run(scripts: Any) -> None:
+    sweeps = scripts("sweeps")
+
+    def written(index: int, size: int, train: float) -> dict[str, Any]:
+        return {"pack": {"size": size, "index": index, "seconds": {"train": train}}}
+
+    # one run leaves a pack of three early; packs of one follow
+    records = [written(1, 3, 4.0), written(0, 3, 9.0), written(2, 3, 9.0), written(0, 1, 5.0), written(0, 1, 6.0)]
+    found = sweeps.Swept(sweeps.Command("", 30.0, None, "", 0.0), records)
+    assert [len(pack) for pack in found.packs] == [3, 1, 1]
+    assert [seconds["train"] for seconds in found.pack_seconds] == [9.0, 5.0, 6.0]
+
+
 def test_the_table_compares_whole_commands(scripts: Any) -> None:
     wall = scripts("wall")
     failed = timed("1", 3.0, [], [], status="failed", steps=None)

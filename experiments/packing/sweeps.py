@@ -50,17 +50,20 @@ class Swept:
 
     @property
     def packs(self) -> list[list[dict[str, Any]]]:
-        """Return the records pack by pack: those of one pack share its seconds."""
-        found: dict[str, list[dict[str, Any]]] = {}
+        """Return the records pack by pack: each run of a pack has a place of its own, and all end before the next."""
+        found: list[list[dict[str, Any]]] = []
         for record in self.records:
             pack = record["pack"]
-            found.setdefault(json.dumps([pack["size"], pack["seconds"]]), []).append(record)
-        return list(found.values())
+            last = [other["pack"] for other in found[-1]] if found else []
+            if not last or last[0]["size"] != pack["size"] or pack["index"] in {other["index"] for other in last}:
+                found.append([])
+            found[-1].append(record)
+        return found
 
     @property
     def pack_seconds(self) -> list[dict[str, float]]:
-        """Return the seconds of each pack by phase."""
-        return [members[0]["pack"]["seconds"] for members in self.packs]
+        """Return the seconds of each pack by phase: those of its last record, since a pack's clock goes on."""
+        return [members[-1]["pack"]["seconds"] for members in self.packs]
 
 
 def timed(arguments: Sequence[str], folder: Path, limit: float | None) -> Command:
