@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from peftbench import job, packing
+from peftbench.capacity import Fit
 from peftbench.errors import UserError
 from peftbench.packing import DEFAULT, FEWEST, Budget, Packing, Step, Stopwatch, best, grow, line, typical_length
 from peftbench.record import RunSpec
+from peftbench.resolve import Resolver
 from peftbench.store import Store
 from peftbench.sweep import prepare
 from tests.conftest import make_spec
@@ -404,3 +406,47 @@ def test_measuring_changes_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert looked == [1, 2]
     assert losses("forced", 2 // packs[0]) == measured
     assert looked == [1, 2]
+
+
+# Memory.
+
+
+def fit_of(monkeypatch: pytest.MonkeyPatch, peaks: Mapping[str, Callable[[int], int]], free: int) -> tuple[Any, Any]:
+    """Return what decides by memory where runs of a method need `peaks` bytes, and what was predicted."""
+    predicted: list[tuple[str, int]] = []
+
+    def peak(self: Fit, setting: Any, runs: int) -> int:
+        name = setting.specs[0].method["name"]
+        predicted.append((name, runs))
+        return peaks[name](runs)
+
+    monkeypatch.setattr(Fit, "_peak", peak)
+    monkeypatch.setattr(Fit, "_at_most", lambda self, setting, runs: 10**12)
+    return Fit("cpu", free, free, Resolver("cpu").shapes), predicted
+
+
+def real_group(method: str, runs: int) -> list[RunSpec]:
+    point = {"model": "tiny-bert", "method": method, "task": "tiny", "train": "default", "profile": "skip"}
+    resolver = Resolver("cpu")
+    return [resolver.spec({**point, "seed": seed, "protocol": "held_out"}) for seed in range(runs)]
+
+
+def test_so_many_times_one_run_s_memory_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    fit, predicted = fit_of(monkeypatch, {"lora": lambda runs: 500 + 100 * runs}, 12_000)
+    assert fit.pack_size(real_group("lora", 1), 16) == 16  # 600 × 16 = 9600 of 10,000
+    assert predicted == [("lora", 1)]
+    assert fit.pack_size(real_group("lora", 1), 64) == 64
+    assert ("lora", 64) in predicted
+    assert fit.pack_size(real_group("lora", 1), 128) == 95
+
+
+def test_the_hungriest_method_bounds_a_mixed_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = {"lora": lambda runs: 500 + 10 * runs, "ia3": lambda runs: 500 + 100 * runs}
+    fit, _ = fit_of(monkeypatch, peaks, 1200)
+    assert fit.pack_size(real_group("lora", 2), 64) == 50
+    assert fit.pack_size([*real_group("lora", 2), *real_group("ia3", 1)], 64) == 5
+    assert fit.pack_size([*real_group("ia3", 1), *real_group("lora", 2)], 64) == 5
+    assert [line.split(" would")[0] for line in fit.lines] == [
+        "lora on tiny-bert: packs of 50, 51 runs",
+        "ia3 on tiny-bert: packs of 5, 6 runs",
+    ]
