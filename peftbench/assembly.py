@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftbench import registry
 from peftbench.config import ModelConfig, TrainConfig, build
@@ -51,9 +51,19 @@ class Setting:
             torch.device(first.device),
         )
 
+    def chosen(self, runs: Sequence[int]) -> Setting:
+        """Return the same for some of the runs."""
+        specs, methods = [self.specs[run] for run in runs], [self.methods[run] for run in runs]
+        return Setting(specs, self.task, self.train, methods, self.device)
+
     def alone(self, run: int) -> Setting:
         """Return the same for one run by itself."""
-        return Setting([self.specs[run]], self.task, self.train, [self.methods[run]], self.device)
+        return self.chosen([run])
+
+    @property
+    def configs(self) -> list[TrainConfig]:
+        """Return each run's training settings."""
+        return [build(TrainConfig, s.train, "train") for s in self.specs]
 
     @property
     def trains_base(self) -> bool:
@@ -85,10 +95,9 @@ class Setting:
     @property
     def recipes(self) -> list[Recipe]:
         """Return each run's optimizer settings."""
-        configs = [build(TrainConfig, s.train, "train") for s in self.specs]
         return [
             Recipe(cast(float, c.learning_rate), c.weight_decay, c.clip_norm, c.schedule, c.warmup, m.rate_factor)
-            for c, m in zip(configs, self.methods, strict=True)
+            for c, m in zip(self.configs, self.methods, strict=True)
         ]
 
 
@@ -142,8 +151,15 @@ class Assembly:
     objective: objectives.Objective
     head: PackedHead | None
 
-    def optimizer(self, steps: int) -> PackedAdamW:
-        """Return the optimizer over adapter and head."""
+    def views(self, run: int) -> dict[str, Tensor]:
+        """Return views of what one run of a pack trains, by name, without padding."""
+        head = {} if self.head is None else {f"head/{name}": p[run] for name, p in self.head.named_parameters()}
+        return self.adapter.views(run) | head
+
+    def optimizer(
+        self, steps: int | Sequence[int], done: Sequence[int] | None = None, length: int | None = None
+    ) -> PackedAdamW:
+        """Return the optimizer over adapter and head; see `PackedAdamW` for `steps`, `done` and `length`."""
         packed = self.adapter.packed_parameters() + self.objective.parameters()
         plain = list(self.adapter.trained.values())
         if not packed and not plain:
@@ -155,6 +171,8 @@ class Assembly:
             plain,
             self.setting.recipes,
             steps,
+            done=done,
+            length=length,
             beta1=c.beta1,
             beta2=c.beta2,
             epsilon=c.epsilon,

@@ -98,7 +98,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One recipe; `steps` overrides `epochs`, None as learning rate or length takes the method's or the task's."""
+    """One recipe; `steps` overrides `epochs`, None as learning rate or length takes the method's or the task's.
+
+    `patience`: evaluations without a better primary metric after which a run stops; None: it never does.
+    """
 
     steps: int | None = None
     epochs: float = 3.0
@@ -120,6 +123,7 @@ class TrainConfig:
     accumulation: int = 1
     checkpointing: bool = False
     evaluate_every: int | None = None
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         in_range("train.steps", self.steps, 1)
@@ -141,6 +145,7 @@ class TrainConfig:
         in_range("train.dropout", self.dropout, 0, 1, open_high=True)
         in_range("train.accumulation", self.accumulation, 1)
         in_range("train.evaluate_every", self.evaluate_every, 1)
+        in_range("train.patience", self.patience, 1)
         if self.batch_size % self.accumulation:
             raise UserError(
                 f"train.accumulation={self.accumulation}: expected a divisor of train.batch_size={self.batch_size}"

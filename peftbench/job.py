@@ -16,13 +16,14 @@ from peftbench.store import Store
 
 @dataclasses.dataclass(frozen=True)
 class Pack:
-    """The runs of one pack and the store they go to."""
+    """The runs of one pack and the store they go to; `places` of them train side by side (None: all)."""
 
     specs: list[RunSpec]
     folder: str
     retry_failed: bool = False
     save_adapters: bool = False
     quiet: bool = False
+    places: int | None = None
 
     def encode(self) -> str:
         """Return the pack as text that fits in a Hydra override."""
@@ -32,6 +33,7 @@ class Pack:
             "retry_failed": self.retry_failed,
             "save_adapters": self.save_adapters,
             "quiet": self.quiet,
+            "places": self.places,
         }
         return base64.urlsafe_b64encode(zlib.compress(canonical(content).encode(), 9)).decode()
 
@@ -73,5 +75,5 @@ def train(pack: Pack) -> dict[str, str]:
 
         listener = progress.current(specs, pack.quiet)
         listener.pack(specs)
-        records = run_pack(list(specs), store, listener, save_adapters=pack.save_adapters)
+        records = run_pack(list(specs), store, listener, places=pack.places, save_adapters=pack.save_adapters)
         return {record.run_id: record.status for record in records}

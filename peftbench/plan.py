@@ -16,8 +16,12 @@ from peftbench.record import RunSpec, canonical
 
 GROUPS = ("model", "method", "task", "train", "profile")
 RUN_KEYS = ("seed", "protocol")
-PER_RUN_TRAIN = ("learning_rate", "weight_decay", "clip_norm", "warmup", "schedule")
+LENGTHS = ("steps", "epochs", "patience")
+"""What decides when a run ends."""
+PER_RUN_TRAIN = ("learning_rate", "weight_decay", "clip_norm", "warmup", "schedule", *LENGTHS)
 """What may differ between the runs of a pack besides the seed and the method's own free settings."""
+QUEUE = 4
+"""Runs of unequal length that are given to one pack, for each of its places."""
 
 Grid = Mapping[str, Sequence[Any]]
 Point = dict[str, Any]
@@ -138,18 +142,30 @@ class Sharing:
     company: str | None = None
 
 
+class Group(list[RunSpec]):
+    """The runs of one pack: `places` of them train side by side, the others wait until one is done."""
+
+    def __init__(self, specs: Iterable[RunSpec], places: int) -> None:
+        super().__init__(specs)
+        self.places = min(places, len(self))
+
+
 def packs(
     specs: Sequence[RunSpec],
     sharing: Callable[[RunSpec], Sharing],
     size: int | Callable[[Sequence[RunSpec]], int],
-) -> list[list[RunSpec]]:
+) -> list[Group]:
     """Group runs that can share a base into packs, in order of first appearance, runs of one kind side by side.
 
     Runs of one kind (the same method, and settings that may differ in its packs) fill packs of their own, which are the
     fastest. What is left over of several kinds that keep company is packed together.
 
+    Runs of equal length make packs of even sizes, which end together. Where lengths differ, or nobody knows them
+    (`train.patience`), a pack takes up to `QUEUE` runs for each of its places, so that no place stays empty when a short
+    run is done; what is more makes further packs, which a launcher can train at the same time.
+
     Args:
-        size: how many go into one pack at most, or what tells that of runs that can share a base.
+        size: how many train side by side at most, or what tells that of runs that can share a base.
     """
     companies: dict[str, dict[str, list[RunSpec]]] = {}
     for spec in specs:
@@ -158,23 +174,31 @@ def packs(
         alone = not share.packable or share.company is None
         wide = kind if alone else canonical([_common(spec), share.company])
         companies.setdefault(wide, {}).setdefault(kind, []).append(spec)
-    found: list[list[RunSpec]] = []
+    found: list[Group] = []
     for kinds in companies.values():
         members = [spec for kind in kinds.values() for spec in kind]
         most = size(members) if callable(size) else size
-        if len(kinds) == 1:
-            found += _evenly(members, most)
-            continue
         left: list[RunSpec] = []
         for alike in kinds.values():
             whole = len(alike) // most * most
-            found += [alike[i : i + most] for i in range(0, whole, most)]
+            if len(kinds) == 1 or (whole and not _end_together(alike)):
+                found += _evenly(alike, most)
+                continue
+            found += [Group(alike[i : i + most], most) for i in range(0, whole, most)]
             left += alike[whole:]
         found += _evenly(left, most)
     return found
 
 
-def _evenly(members: Sequence[RunSpec], most: int) -> list[list[RunSpec]]:
-    count = math.ceil(len(members) / most)
+def _end_together(specs: Sequence[RunSpec]) -> bool:
+    """Whether runs on the same data are known to make the same number of steps."""
+    trains = [spec.train for spec in specs]
+    lengths = {canonical([t.get("steps"), t.get("epochs") if t.get("steps") is None else None]) for t in trains}
+    return len(lengths) <= 1 and all(t.get("patience") is None for t in trains)
+
+
+def _evenly(members: Sequence[RunSpec], most: int) -> list[Group]:
+    each = most if most == 1 or _end_together(members) else most * QUEUE
+    count = math.ceil(len(members) / each)
     bounds = [len(members) * i // count for i in range(count + 1)] if count else [0]
-    return [list(members[low:high]) for low, high in itertools.pairwise(bounds)]
+    return [Group(members[low:high], most) for low, high in itertools.pairwise(bounds)]

@@ -53,9 +53,10 @@ def train_content(train: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a run's `train` section changes its result.
 
     Epochs say nothing when steps are given, and the size of evaluation batches changes no metric. The default optimizer
-    and the default execution go without saying: sections written before there was a choice do not name them.
+    and the default execution go without saying, and so does no patience: sections written before there was a choice do
+    not name them.
     """
-    unsaid = {"optimizer": DEFAULT_OPTIMIZER, "execution": DEFAULT_EXECUTION}
+    unsaid = {"optimizer": DEFAULT_OPTIMIZER, "execution": DEFAULT_EXECUTION, "patience": None}
     kept = {k: v for k, v in train.items() if k != "eval_batch_size" and (k not in unsaid or v != unsaid[k])}
     if kept.get("steps") is not None:
         kept.pop("epochs", None)

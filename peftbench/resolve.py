@@ -8,7 +8,7 @@ from typing import Any
 from peftbench import environment, registry
 from peftbench.config import PROTOCOLS, ModelConfig, ProfileConfig, TrainConfig, as_dict, build, in_range, one_of
 from peftbench.errors import UserError, nearest
-from peftbench.plan import GROUPS, Demand, Point, Sharing, as_grid, flatten, packs, points
+from peftbench.plan import GROUPS, Demand, Group, Point, Sharing, as_grid, flatten, packs, points
 from peftbench.record import DEFAULT_OPTIMIZER, RunSpec, canonical, plain
 
 EXPERIMENT_KEYS = ("common", "grids", "per_method", "sweep", "question")
@@ -408,7 +408,7 @@ class Plan:
         self,
         wanted: Sequence[RunSpec],
         size: int | Callable[[Sequence[RunSpec]], int],
-    ) -> list[list[RunSpec]]:
+    ) -> list[Group]:
         """Group `wanted` runs into packs of at most `size`, which may depend on what runs share a base."""
         return packs(wanted, self.resolver.sharing, size)
 

@@ -12,6 +12,7 @@ from peftbench import environment, overrides
 from peftbench.config import SweepConfig, SweepName, build
 from peftbench.errors import UserError
 from peftbench.job import Pack
+from peftbench.plan import Group
 from peftbench.record import RunSpec
 from peftbench.resolve import Plan, demand, experiment, plan
 from peftbench.store import Store
@@ -113,7 +114,10 @@ def prepare(
         _check_space(store.folder, len(wanted))
         store.prepare()
     groups = _packed(planned, wanted, config.pack, store, fit, tell)
-    jobs = [Pack(pack, str(store.folder), config.retry_failed, config.save_adapters) for pack in groups]
+    jobs = [
+        Pack(list(pack), str(store.folder), config.retry_failed, config.save_adapters, places=pack.places)
+        for pack in groups
+    ]
     lines = [*planned.lines, *(fit.lines if fit is not None else [])]
     if config.save_adapters:
         lines += _without_adapter(store, planned.specs)
@@ -147,7 +151,7 @@ def _packed(
     store: Store,
     fit: "Fit | None",
     tell: Callable[[str], None],
-) -> list[list[RunSpec]]:
+) -> list[Group]:
     """Return packs of at most `size`; for "auto" of what is fastest and fits into memory."""
     if isinstance(size, int) or not wanted:
         return planned.packs(wanted, size if isinstance(size, int) else 1)

@@ -133,7 +133,13 @@ def test_packs_hold_what_can_share_a_base():
 
 @pytest.mark.parametrize(
     "change",
-    [{"model.weights": "x"}, {"task.max_length": 9}, {"protocol": "paper"}, {"identity.data": "x"}, {"train.steps": 2}],
+    [
+        {"model.weights": "x"},
+        {"task.max_length": 9},
+        {"protocol": "paper"},
+        {"identity.data": "x"},
+        {"train.batch_size": 2},
+    ],
 )
 def test_packs_part_at_what_cannot_differ(change):
     assert len(packs([make_spec(), make_spec(**{**change, "seed": 1})], share, 8)) == 2

@@ -177,7 +177,7 @@ def test_a_pack_that_runs_out_of_memory_is_halved_until_it_fits(
 
     from peftbench import run as module
 
-    real, sizes, lines = module._train, [], []
+    real, sizes, lines = module.train_runs, [], []
 
     def tight(setting: Any, *rest: Any) -> Any:
         sizes.append(len(setting.specs))
@@ -189,7 +189,7 @@ def test_a_pack_that_runs_out_of_memory_is_halved_until_it_fits(
         def note(self, line: str) -> None:
             lines.append(line)
 
-    monkeypatch.setattr(module, "_train", tight)
+    monkeypatch.setattr(module, "train_runs", tight)
     pack = [s for seed in range(5) for s in tiny(method="lora", seed=seed, train__steps=2)]
     records = run_pack(pack, Store(tmp_path / "tight"), Ears())
     assert sizes == [5, 3, 2, 1, 2]
@@ -215,7 +215,7 @@ def test_a_run_that_does_not_fit_alone_is_a_record(tmp_path: Path, monkeypatch: 
     def never(*_: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(module, "_train", never)
+    monkeypatch.setattr(module, "train_runs", never)
     pack = [s for seed in range(2) for s in tiny(method="lora", seed=seed, train__steps=2)]
     records = run_pack(pack, Store(tmp_path), Quiet())
     assert [(r.status, r.pack["size"], r.pack["out_of_memory_at"]) for r in records] == [("out_of_memory", 1, [2])] * 2

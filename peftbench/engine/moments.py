@@ -49,6 +49,9 @@ class Moments(Protocol):
     def tensors(self) -> list[Tensor]:
         """Return what is kept between steps."""
 
+    def rows(self, run: int) -> list[Tensor]:
+        """Return views of what is kept of one row of parameters."""
+
 
 class Dense:
     """Both moments [R, N] in fp32."""
@@ -73,6 +76,9 @@ class Dense:
 
     def tensors(self) -> list[Tensor]:
         return [self.mean, self.square]
+
+    def rows(self, run: int) -> list[Tensor]:
+        return [self.mean[run], self.square[run]]
 
 
 class Blockwise:
@@ -118,6 +124,9 @@ class Blockwise:
 
     def tensors(self) -> list[Tensor]:
         return [*self._codes, *self._scales]
+
+    def rows(self, run: int) -> list[Tensor]:
+        return [t[run] for t in self.tensors()]
 
 
 def _slices(columns: int, width: int) -> Iterator[slice]:

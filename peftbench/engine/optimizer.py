@@ -14,7 +14,7 @@ Every run has steps of its own, so that runs of unlike length, some of them begu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +63,27 @@ def rate_factor(step: int, steps: int, schedule: str, warmup: float) -> float:
         return 0.5 * (1 + math.cos(math.pi * progress))
     assert schedule == "constant", schedule
     return 1.0
+
+
+def same_place(view: Tensor, whole: Tensor, other: Tensor) -> Tensor:
+    """Return the part of `other`, which is laid out as `whole`, that lies where `view` lies in `whole`."""
+    assert view.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr(), "no view of it"
+    assert (other.shape, other.stride()) == (whole.shape, whole.stride()), "laid out otherwise"
+    start = view.storage_offset() - whole.storage_offset() + other.storage_offset()
+    return other.as_strided(view.shape, view.stride(), start)
+
+
+@dataclass(frozen=True)
+class RunMoments:
+    """One run's moments on the host: as they are kept, and by the name of the parameter in fp32.
+
+    `layout` is the width of a row and each parameter's shape, strides and place there: where it is the same again,
+    moments come back as they were to the last bit, 8-bit ones too.
+    """
+
+    layout: tuple[object, ...]
+    rows: list[Tensor]
+    named: dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -346,6 +367,36 @@ class PackedAdamW:
         """Return the moments' columns that can be read and hold the place's, and where in them these are."""
         columns = self._moments.around(place.columns.start, place.columns.stop)
         return columns, slice(place.columns.start - columns.start, place.columns.stop - columns.start)
+
+    def _layout(self, run: int, views: Mapping[str, Tensor]) -> tuple[object, ...]:
+        begin = self.flat[run].storage_offset()
+        places = ((name, tuple(v.shape), v.stride(), v.storage_offset() - begin) for name, v in views.items())
+        return self.flat.shape[1], *places
+
+    @torch.no_grad()
+    def moments_of_run(self, run: int, views: Mapping[str, Tensor]) -> RunMoments:
+        """Return the moments of one run, whose parameters are `views` of `flat`."""
+        whole = self._moments.read(slice(0, self.flat.shape[1]))
+        mean, square = (
+            {name: same_place(v, self.flat, m).to("cpu", copy=True) for name, v in views.items()} for m in whole
+        )
+        rows = [row.to("cpu", copy=True) for row in self._moments.rows(run)]
+        return RunMoments(self._layout(run, views), rows, {name: (mean[name], square[name]) for name in views})
+
+    @torch.no_grad()
+    def resume(self, runs: Mapping[int, tuple[Mapping[str, Tensor], RunMoments]]) -> None:
+        """Put runs' moments in, given their parameters as views of `flat`; before the first step."""
+        same = {run for run, (views, state) in runs.items() if state.layout == self._layout(run, views)}
+        if len(same) < len(runs):
+            with self._moments.opened(slice(0, self.flat.shape[1])) as moments:
+                for run in runs.keys() - same:
+                    views, state = runs[run]
+                    for name, view in views.items():
+                        for whole, kept in zip(moments, state.named[name], strict=True):
+                            same_place(view, self.flat, whole).copy_(kept)
+        for run in same:
+            for row, kept in zip(self._moments.rows(run), runs[run][1].rows, strict=True):
+                row.copy_(kept)
 
     def _update_packed(self, grad: Tensor, shrink: Tensor, now: Tensor) -> None:
         if not self.packed:

@@ -180,6 +180,20 @@ class Adapter:
         """
         return {name: view.detach().clone().contiguous() for name, view in self._views(run).items()}
 
+    def views(self, run: int) -> dict[str, Tensor]:
+        """Return what one run trains, by name: views without runs axis and padding."""
+        drawn = self._drawn(run)
+        return {name: view for name, view in self._views(run).items() if name not in drawn}
+
+    def between_steps(self, run: int) -> dict[str, dict[str, Tensor]]:
+        """Return what one run keeps from step to step beside its parameters: name → tensor, by part of the adapter."""
+        return {key: kept for key, delta in self.parts if (kept := delta.between_steps(run))}
+
+    def resume(self, run: int, kept: dict[str, dict[str, Tensor]]) -> None:
+        """Take over what `between_steps` gave of a run of another pack; before the first step."""
+        for key, delta in self.parts:
+            delta.resume(run, kept.get(key, {}))
+
     def _views(self, run: int) -> dict[str, Tensor]:
         """Return one run's saved tensors as views."""
         state = {f"{key}.{name}": t for key, delta in self.parts for name, t in delta.run_state(run).items()}

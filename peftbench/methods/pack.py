@@ -159,6 +159,18 @@ class MixedAdapter(Adapter):
         member, own = self.member(run)
         return member._views(own)
 
+    def views(self, run: int) -> dict[str, Tensor]:
+        member, own = self.member(run)
+        return member.views(own)
+
+    def between_steps(self, run: int) -> dict[str, dict[str, Tensor]]:
+        member, own = self.member(run)
+        return member.between_steps(own)
+
+    def resume(self, run: int, kept: dict[str, dict[str, Tensor]]) -> None:
+        member, own = self.member(run)
+        member.resume(own, kept)
+
     def load_state_dict(self, state: dict[str, Tensor], run: int = 0) -> None:
         member, own = self.member(run)
         member.load_state_dict(state, own)

@@ -11,7 +11,7 @@ from peftbench.engine.optimizer import PackedAdamW, Recipe
 from peftbench.errors import UserError
 from peftbench.methods import relora
 from peftbench.methods.relora import Relora, ReloraDelta, pruned_moments, restart_steps
-from peftbench.run import Selection
+from peftbench.selection import Scores, Selection
 from peftbench.verify import loops
 from tests.conformance.conftest import batch, fresh, hidden
 
@@ -139,7 +139,7 @@ def test_the_best_evaluation_s_weights_come_back():
     model, adapter, _ = trained("tiny-bert", method, steps=0)
     recipe = Recipe(1e-2, schedule="constant", factor=method.rate_factor)
     optimizer = PackedAdamW(adapter.packed_parameters(), [], [recipe], STEPS, keep_gradients=True)
-    selection = Selection(Better(), optimizer, 1, list(adapter.rewritten.values()))
+    selection = Selection(Better(), optimizer, [Scores()], list(adapter.rewritten.values()))
     seen = []
     for step in range(STEPS):
         loss = loss_of(model, step)
@@ -147,7 +147,7 @@ def test_the_best_evaluation_s_weights_come_back():
         optimizer.step(loss.detach().reshape(1))
         adapter.after_step(optimizer.end())
         if step in (7, 14):  # one restart lies before the better evaluation, one before the worse
-            selection.consider(step, [{"accuracy": 1.0 if step == 7 else 0.5}])
+            selection.consider({0: step}, {0: {"accuracy": 1.0 if step == 7 else 0.5}})
             seen.append(hidden(model, batch(3)))
     assert not torch.equal(hidden(model, batch(3)), seen[0])
     selection.restore()
