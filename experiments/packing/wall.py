@@ -206,14 +206,14 @@ def _rate(records: Iterable[Mapping[str, Any]], case: str, arm: str) -> float | 
     return 3600 * found[0]["runs"] / whole_seconds(found[0]) if found else None
 
 
-def draw(call: Sequence[Mapping[str, Any]], path: Path) -> list[Path]:
+def draw(records: Sequence[Mapping[str, Any]], path: Path) -> list[Path]:
     """Draw what a run of each arm takes, by what it is spent on; returns the files written."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    done = [r for r in call if r["status"] == "completed"]
+    done = [r for r in records if r["status"] == "completed"]
     figure, axes = pyplot.subplots(figsize=(6.2, 0.8 + 0.34 * len(done)), layout="constrained")
     names = [f"{r['case']}: {_named(r)}" for r in done]
     left = [0.0] * len(done)
@@ -262,7 +262,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("cases", nargs="*", metavar="case", help=f"{', '.join(CASES)}; rte by default")
     parser.add_argument("--out", help="file that records are added to, one a line")
     parser.add_argument("--table", nargs="+", metavar="FILE", help="show the records of these files; time nothing")
-    parser.add_argument("--figure", type=Path, help="where to draw the last call, without suffix")
+    parser.add_argument("--figure", type=Path, help="where to draw, without suffix")
     parser.add_argument("--arms", help="comma list of hf, auto and sizes of packs; 1: one run at a time")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for every sweep")
     parser.add_argument("--peer", default="", metavar="ARGUMENTS", help="more arguments for trainer.py, in one word")
@@ -292,7 +292,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         print(f"{first['device']}, torch {first['versions'].get('torch')}, {first['date'][:10]}")
         print(report(call))
     if options.figure and any(r["status"] == "completed" for r in records):
-        print("\n".join(map(str, draw(calls_of(records)[-1], options.figure))))
+        print("\n".join(map(str, draw([r for call in calls_of(records) for r in call], options.figure))))
     return records
 
 
