@@ -299,7 +299,8 @@ class Live(Lines):
             if not self.specs:
                 blocks.append([phase])
             else:
-                waiting = len(self.specs) - len(self.recorded) - len(self.training)
+                busy = self.recorded.keys() | {spec.run_id for spec in self.training}
+                waiting = sum(spec.run_id not in busy for spec in self.specs)
                 others = [Text(f"{waiting} more wait")] if waiting > 0 else []
                 blocks.append([Text(described(self.training), "bold"), phase, *others])
                 if self.course.total:

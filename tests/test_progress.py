@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from peftbench import progress
+from peftbench.cli.sweep import show_table
 from peftbench.job import Pack
 from peftbench.pace import Course, Durations, Rate, clock
 from peftbench.progress import Lines, Live, Quiet, described, sparkline
@@ -256,6 +258,10 @@ def test_a_rate_is_of_the_last_seconds():
     for tick in range(100):
         rate.at(25 + 0.25 * tick, 100 + 10 * tick)
     assert rate.value == pytest.approx(40)
+    often = Rate()
+    for step in range(4000):
+        often.at(0.005 * step, step)
+    assert often.value == pytest.approx(200), "told of every step of 5 ms"
 
 
 def test_time_left_is_unknown_until_measured_and_counts_what_is_between_steps():
@@ -340,6 +346,7 @@ def test_runs_of_unequal_length_are_counted_by_their_own_steps():
     assert seen(shown)[2].startswith("runs × steps 200/400  ━━━━━─────  left 0:10  10 steps/s")
     shown.phase("test")
     shown.record(make_record(short))
+    assert "1 more wait" in "".join(seen(shown)), "the run that left trained before"
     shown.phase("load")
     shown.members([long, late])
     shown.phase("train")
@@ -565,9 +572,39 @@ def test_no_color_leaves_colours_out():
     assert "completed" in sent
 
 
-@pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"TTY_INTERACTIVE": "0"}])
-def test_a_terminal_that_cannot_be_redrawn_gets_lines(environment):
-    out, sent = on_a_terminal(**environment)
+def test_a_terminal_that_cannot_be_redrawn_gets_lines():
+    out, sent = on_a_terminal(TERM="dumb")
     assert out == "Lines\n"
     assert "\x1b" not in sent
     assert "pack: 2 × lora on toy with tiny" in sent
+
+
+# The tables at the end.
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80, 100, 200])
+def test_result_tables_leave_out_what_has_no_room(width):
+    headers = ["method", "test accuracy", "adapter params", "step time p50", "peak memory"]
+    rows = [
+        ["lora rank=8 targets=[attention.query]", "0.691 ± 0.024", "2.0k", "8.8 ms", "120.0 MiB"],
+        ["ia3", "0.600", "256", "11.25 ms", "64.0 MiB"],
+    ]
+    table = types.SimpleNamespace(title="toy: [accuracy]", headers=headers, rows=rows, text_columns=1, notes=["a note"])
+    console = terminal(width, force_terminal=False)
+    show_table(table, console)
+    text = console.file.getvalue()
+    lines = text.splitlines()
+    assert max(cell_len(line) for line in lines) <= width
+    assert "toy: [accuracy]" in text
+    assert "a note" in text
+    assert "…" not in text
+    assert "0.691 ± 0.024" in text, "the metric stays whole on every terminal"
+    cells = "\n".join(line for line in lines if "│" in line)
+    kept = [header for header, value in zip(headers, rows[1], strict=True) if value in cells]
+    assert kept == headers[: len(kept)]
+    left_out = f"no room for {', '.join(headers[len(kept) :])}: see the report"
+    assert (left_out in " ".join(text.split())) == (kept != headers)
+    assert ("no room" in text) == (kept != headers)
+    if width == 200:
+        assert kept == headers
+        assert rows[0][0] in text, "no text is taken for markup"

@@ -7,8 +7,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, JustifyMethod
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from peftbench import job, progress
 from peftbench.errors import UserError, nearest
@@ -127,14 +129,45 @@ def show(records: Sequence[dict[str, Any]]) -> None:
     if not console.is_terminal:
         console = Console(width=200)  # a pipe has no width to wrap at
     for table in terminal_tables(list(records)):
-        shown = RichTable(title=table.title, title_justify="left", title_style="bold")
-        for index, header in enumerate(table.headers):
-            shown.add_column(header, justify="left" if index < table.text_columns else "right")
-        for row in table.rows:
-            shown.add_row(*row)
-        console.print(shown)
-        for note in table.notes:
-            console.print(note, markup=False, highlight=False)
+        show_table(table, console)
+
+
+def show_table(table: Any, console: Console) -> None:
+    """Print a `peftbench.analysis.tables.Table` with as many of its columns as the console has room for."""
+    widths = _widths(table, console.width)
+    shown = RichTable(title=Text(table.title), title_justify="left", title_style="bold")
+    for index, width in enumerate(widths):
+        justify: JustifyMethod = "left" if index < table.text_columns else "right"
+        shown.add_column(Text(table.headers[index]), justify=justify, width=width, overflow="fold")
+    for row in table.rows:
+        shown.add_row(*map(Text, row[: len(widths)]))
+    console.print(shown)
+    left_out = ", ".join(table.headers[len(widths) :])
+    for note in [*([f"no room for {left_out}: see the report"] if left_out else []), *table.notes]:
+        console.print(note, markup=False, highlight=False)
+
+
+def _widths(table: Any, room: int) -> list[int]:
+    """Return the widths of the first columns, as many as fit into `room` with three more for each and one for all.
+
+    Numbers are never wrapped, headers and text between words, or anywhere in text that takes a third of the room.
+    """
+    least, most = [], []
+    for index, header in enumerate(table.headers):
+        cells = [str(row[index]) for row in table.rows]
+        words = max(cell_len(word) for text in (header, *cells) for word in text.split() or [""])
+        text = index < table.text_columns
+        least.append(min(words, room // 3) if text else max(map(cell_len, [*header.split(), *cells])))
+        most.append(max(map(cell_len, [header, *cells])))
+    while len(least) > table.text_columns + 1 and sum(least) + 3 * len(least) + 1 > room:
+        least.pop()
+    spare = room - sum(least) - 3 * len(least) - 1
+    widths = []
+    for narrow, wide in zip(least, most, strict=False):
+        more = max(0, min(wide - narrow, spare))
+        widths.append(narrow + more)
+        spare -= more
+    return widths
 
 
 def _finish(outcome: Outcome, quiet: bool, report: bool) -> int:
