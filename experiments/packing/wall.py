@@ -132,10 +132,13 @@ def _peer(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, An
 def spent(record: Mapping[str, Any]) -> dict[str, float]:
     """Return the seconds of the whole case by what they are spent on: those measured, and of the runs left out.
 
-    A run left out counts with the mean of those after the first pack, which pays for what is done once.
+    A run left out counts with the mean of those after the first pack, which pays for what is done once. If there is only
+    the first, its loading is not counted again: most of that is reading and tokenizing.
     """
     left = max(0, record["runs"] - record["runs_timed"])
     later, runs = _later(record)
+    if len(record["pack_seconds"]) == 1:
+        later = [{name: value for name, value in later[0].items() if name not in SPENT["loading"]}]
 
     def over(packs: Sequence[Mapping[str, float]], phases: Sequence[str]) -> float:
         return sum(seconds.get(name, 0.0) for seconds in packs for name in phases)
