@@ -56,6 +56,8 @@ PACKED = timed("16", 50.0, [{"load": 6.0, "train": 16.0, "evaluate": 2.0, "test"
 def test_runs_left_out_count_as_those_after_the_first(scripts: Any) -> None:
     wall = scripts("wall")
     assert wall.whole_seconds(PACKED) == 50.0
+    single = timed("hf", 60.0, PEER["pack_seconds"][:1], [1])
+    assert wall.whole_seconds(single) == 60.0 + 15 * 30.0  # texts are not read and tokenized again
     # 110 measured, 14 runs left out at 5 + 40 + 10 seconds
     assert wall.whole_seconds(PEER) == 110.0 + 14 * 55.0
     assert wall.spent(PEER) == {

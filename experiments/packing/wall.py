@@ -132,8 +132,8 @@ def _peer(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, An
 def spent(record: Mapping[str, Any]) -> dict[str, float]:
     """Return the seconds of the whole case by what they are spent on: those measured, and of the runs left out.
 
-    A run left out counts with the mean of those after the first pack, which pays for what is done once. If there is only
-    the first, its loading is not counted again: most of that is reading and tokenizing.
+    A run left out counts with the mean of those after the first pack, which pays for what is done once. If there is no
+    other, its loading is not counted again: most of that is reading and tokenizing.
     """
     left = max(0, record["runs"] - record["runs_timed"])
     later, runs = _later(record)
@@ -201,7 +201,10 @@ def _named(record: Mapping[str, Any]) -> str:
     if record["arm"] == "hf":
         return f"HF Trainer ({record.get('precision')})"
     how = "+".join(record["execution"]) if record.get("execution") else "?"
-    return f"alone ({how})" if record["arm"] == "1" else f"pack={record['arm']} ({how})"
+    if record["arm"] == "1":
+        return f"alone ({how})"
+    chosen = f": {max(record['pack_sizes'])}" if record["arm"] == "auto" and record["pack_sizes"] else ""
+    return f"pack={record['arm']}{chosen} ({how})"
 
 
 def _rate(records: Iterable[Mapping[str, Any]], case: str, arm: str) -> float | None:
@@ -218,12 +221,13 @@ def draw(records: Sequence[Mapping[str, Any]], path: Path) -> list[Path]:
 
     done = [r for r in records if r["status"] == "completed"]
     figure, axes = pyplot.subplots(figsize=(6.2, 0.8 + 0.34 * len(done)), layout="constrained")
-    names = [f"{r['case']}: {_named(r)}" for r in done]
+    places = range(len(done))
     left = [0.0] * len(done)
     for what in (*SPENT, ONCE):
         width = [spent(r)[what] / r["runs"] for r in done]
-        axes.barh(names, width, left=left, label=what, color="0.7" if what == ONCE else None)
+        axes.barh(places, width, left=left, label=what, color="0.7" if what == ONCE else None)
         left = [a + b for a, b in zip(left, width, strict=True)]
+    axes.set_yticks(places, [f"{r['case']}: {_named(r)}" for r in done])
     axes.invert_yaxis()
     axes.set_xlabel(f"seconds a run ({done[0]['device']})")
     axes.legend(fontsize=8)
