@@ -175,8 +175,10 @@ def measure_costs(prepared: Prepared, listener: Any) -> None:
     """Measure the cost of every configuration still to train while nothing else runs on this machine."""
     from peftbench import cost
 
-    listener.note("cost is measured first, one configuration at a time")
-    cost.measure_costs([spec for pack in prepared.jobs for spec in pack.specs], prepared.store, listener)
+    specs = [spec for pack in prepared.jobs for spec in pack.specs]
+    if any(spec.profile["enabled"] for spec in specs):
+        listener.note("cost is measured first, one configuration at a time")
+    cost.measure_costs(specs, prepared.store, listener)
 
 
 def _check_space(folder: Path, runs: int) -> None:

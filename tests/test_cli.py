@@ -197,7 +197,7 @@ def test_a_failed_run_is_a_record_and_the_sweep_goes_on(here, capsys, monkeypatc
         return real(specs, store, listener, **options)
 
     monkeypatch.setattr(run, "run_pack", break_lora)
-    arguments = ["sweep", *TINY, "method=lora,head"]
+    arguments = ["sweep", *TINY, "method=lora,head", "pack=1"]
     assert main(arguments) == 1
     err = capsys.readouterr().err
     assert "1 of 2 runs did not complete (1 failed)" in err

@@ -442,6 +442,47 @@ def test_drawing_while_being_told_breaks_neither():
     assert seen(shown)[0].startswith("packs 150/150  runs 600/600  ━━━━━━━━━━  600 completed")
 
 
+# What training tells.
+
+
+def test_training_tells_what_is_shown(tmp_path):
+    from peftbench import resolve
+    from peftbench.overrides import parse
+    from peftbench.run import run_pack
+    from peftbench.store import Store
+
+    arguments = ["model=tiny-bert", "task=tiny", "method=lora", "train.batch_size=32", "train.dropout=0"]
+    grid = parse([*arguments, "train.steps=2,6", "seed=0,1", "profile=skip"]).grid
+    specs = resolve.plan(resolve.demand(grid, None), "cpu").specs
+    shown, _ = live([specs])
+    told = []
+
+    class Ears(Quiet):
+        def __getattribute__(self, name):
+            def tell(*given):
+                told.append((name, *given))
+                getattr(shown, name)(*given)
+                told.append(seen(shown, 200))
+
+            return tell
+
+    shown.pack(specs)
+    records = run_pack(specs, Store(tmp_path), Ears())
+    assert [record.status for record in records] == ["completed"] * 4
+    events = [e for e in told if isinstance(e, tuple)]
+    names = [e[0] for e in events if e[0] not in ("phase", "steps")]
+    assert names == ["planned", "members", "evaluated", *["record"] * 2, "members", "evaluated", *["record"] * 2]
+    assert [e[1:] for e in events if e[0] == "planned"] == [(specs, [s.train["steps"] for s in specs])]
+    assert [[s.train["steps"] for s in e[1]] for e in events if e[0] == "members"] == [[2, 6, 2, 6], [6, 6]]
+    assert [e[1:3] for e in events if e[0] == "steps"][-1] == (4, 4)
+    assert all(len(e[3]) in (2, 4) for e in events if e[0] == "steps"), "losses of all members, on a CPU at once"
+    lines = [line for view in told if isinstance(view, list) for line in view]
+    assert any("runs × steps 8/16" in line for line in lines)
+    assert any("runs × steps 16/16" in line for line in lines)
+    assert any(re.search(r"loss [▁-█]+ \d\.\d{4}  accuracy \d\.\d{4} best, \d\.\d{4} median", line) for line in lines)
+    assert shown.packs_done == 1
+
+
 # Without a terminal, and quiet.
 
 
