@@ -136,6 +136,8 @@ def train_runs(
     pack = Pack(setting, splits, buckets, table, relay, courses, listener, keep)
     listener.planned(setting.specs, totals)
     while members := relay.begin():
+        if pack.begun:
+            listener.phase("load")
         with assembled(setting.chosen(members)) as assembly:
             best = _stretch(pack, assembly, members)
             if not relay.members:
@@ -151,7 +153,6 @@ def train_runs(
             del assembly
         elif left:
             yield _outcomes(pack, None, left)
-        listener.phase("load")
 
 
 def _stretch(pack: Pack, assembly: Assembly, members: Sequence[int]) -> dict[int, Tensors]:
