@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 import peftbench
 from peftbench import assembly as assemblies
-from peftbench import resolve, training
+from peftbench import registry, resolve, training
 from peftbench.config import TrainConfig, build
 from peftbench.engine import compiling
 from peftbench.engine.batches import make_buckets, packed_batches
@@ -65,12 +65,14 @@ def test_when_all_have_left_the_next_begin_at_once() -> None:
     assert stretches([13, 13, 5], 10, 2) == [([0, 1], 13), ([2], 5)]
 
 
-@pytest.mark.parametrize("totals", itertools.permutations([7, 12, 20, 33, 33]))
-def test_no_place_stays_empty_for_longer_than_an_epoch(totals: tuple[int, ...]) -> None:
-    found = stretches(list(totals), 10, 3)
-    for members, length in found[:-3]:
-        assert len(members) == 3 or length <= 10
-    assert sum(len(members) * length for members, length in found) == sum(totals)
+def test_no_place_stays_empty_for_longer_than_an_epoch_while_a_run_waits() -> None:
+    for totals in itertools.permutations([7, 12, 20, 33, 33]):
+        found = stretches(list(totals), 10, 3)
+        seen: set[int] = set()
+        for members, length in found:
+            seen |= set(members)
+            assert len(members) == 3 or length <= 10 or len(seen) == 5
+        assert sum(len(members) * length for members, length in found) == sum(totals)
 
 
 def run(pack: list[RunSpec], folder: Path, places: int | None = None) -> list[RunRecord]:
@@ -141,6 +143,21 @@ PACKS = {  # an epoch of the tiny task has 30 steps
 def test_runs_of_unequal_length_give_what_they_give_alone(method: str, tmp_path: Path) -> None:
     records = same_as_alone(each(PACKS[method], method=method, train__weight_decay=0.01), tmp_path, places=2)
     assert max(len(s) for s in side_by_side(records)) >= 2
+
+
+PACKABLE = [
+    name
+    for name in registry.options("method")
+    if registry.load_class(registry.section("method", name)["_target_"], "method").traits.packable
+]
+
+
+@pytest.mark.parametrize("method", PACKABLE)
+def test_every_method_that_packs_goes_on_among_others(method: str, tmp_path: Path) -> None:
+    """Whatever a method keeps from step to step has to travel with a run."""
+    size = {"method__group_size": 8} if method == "road" else {}
+    pack = each([{"train__steps": n} for n in (8, 3)], method=method, train__learning_rate=1e-3, **size)
+    same_as_alone(pack, tmp_path)
 
 
 def test_all_at_once_and_evaluations_within_epochs(tmp_path: Path) -> None:
