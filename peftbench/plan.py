@@ -161,8 +161,8 @@ def packs(
     fastest. What is left over of several kinds that keep company is packed together.
 
     Runs of equal length make packs of even sizes, which end together. Where lengths differ, or nobody knows them
-    (`train.patience`), a pack takes up to `QUEUE` runs for each of its places, so that no place stays empty when a short
-    run is done; what is more makes further packs, which a launcher can train at the same time.
+    (`train.patience`), a pack takes up to `QUEUE` runs for each of its places, so that no place stays empty when a
+    short run is done; what is more makes further packs, which a launcher can train at the same time.
 
     Args:
         size: how many train side by side at most, or what tells that of runs that can share a base.

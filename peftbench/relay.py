@@ -28,6 +28,11 @@ class Relay:
         self._waiting = sorted(range(len(self.totals)), key=lambda run: -self.totals[run])
 
     @property
+    def waits(self) -> bool:
+        """Whether a run waits for a place."""
+        return bool(self._waiting)
+
+    @property
     def _place(self) -> int:
         """Steps since the epoch began, the same for all members."""
         return self.done[self.members[0]] % self.per_epoch if self.members else 0

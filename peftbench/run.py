@@ -44,9 +44,10 @@ def run_pack(
     `save_adapters` the store keeps the parameters that each completed run was tested with.
 
     If memory runs out, the runs that are not done begin again with half as many places: as two packs, or as one if
-    some had waited. Each record says at which sizes memory ran out. A pack that fails gives records that say so;
-    mistakes a user can mend are records too, since the rest of the sweep goes on. Only a full disk or an interrupt
-    leaves without records.
+    some had waited. Each record says at which sizes memory ran out. If a pack of several methods fails, each method
+    begins again by itself: one of them may be to blame. A pack that fails gives records that say so; mistakes a user
+    can mend are records too, since the rest of the sweep goes on. Only a full disk or an interrupt leaves without
+    records.
     """
     records: dict[str, RunRecord] = {}
     attempts: list[tuple[Sequence[RunSpec], int, tuple[int, ...]]] = [(specs, places or len(specs), ())]
@@ -65,10 +66,22 @@ def run_pack(
                 parts = [left] if len(left) > size else [part for part in (left[:half], left[half:]) if part]
                 attempts[:0] = [(part, half, (*too_many, size)) for part in parts]
                 continue
+            apart = _by_method([pack[outcome.run] for outcome in outcomes])
+            if outcomes[0].status == "failed" and len(apart) > 1:
+                listener.note(f"runs of {len(apart)} methods failed together, now each method by itself")
+                attempts[:0] = [(part, size, too_many) for part in apart]
+                continue
             for outcome in outcomes:
                 about = _about(outcome, pack, size, too_many, seconds)
                 records[pack[outcome.run].run_id] = _record(outcome, pack, costs, about, store, listener)
     return [records[spec.run_id] for spec in specs]
+
+
+def _by_method(specs: Sequence[RunSpec]) -> list[list[RunSpec]]:
+    found: dict[str, list[RunSpec]] = {}
+    for spec in specs:
+        found.setdefault(spec.method["name"], []).append(spec)
+    return list(found.values())
 
 
 def _settle(device: torch.device) -> None:

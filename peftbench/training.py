@@ -219,7 +219,11 @@ def _steps(
         primary = task.primary_metric
         listener.evaluated(step, primary, [m.get(primary) for m in metrics.values()], task.greater_is_better)
         listener.phase("train")
-        return bool(optimizer.alive.all()) and not any(course.out_of_patience for course in courses)
+        # A run no longer finite stays, frozen, unless another wants its place: with as many rows as before, its
+        # neighbours' sums round as they would have.
+        alive = optimizer.alive.tolist()
+        leaves = not any(alive) or (pack.relay.waits and not all(alive))
+        return not leaves and not any(course.out_of_patience for course in courses)
 
     def on_step(step: int, losses: Tensor) -> None:
         now = time.monotonic()

@@ -12,7 +12,10 @@ from peftbench import registry
 from peftbench.errors import UserError
 from peftbench.methods.adapter import named_method
 from peftbench.methods.pack import MixedAdapter, company, groups
+from peftbench.progress import Quiet
 from peftbench.record import RunSpec
+from peftbench.run import run_pack
+from peftbench.store import Store
 from tests.conformance.conftest import disturb, fresh, small
 from tests.test_run import run, same_traces, tiny
 
@@ -76,9 +79,10 @@ def test_several_runs_of_each_method_and_two_settings_of_one(tmp_path: Path):
 
 def test_a_run_that_diverges_changes_no_bit_of_its_neighbours(tmp_path: Path):
     methods = ["lora", "houlsby", "bitfit", "adalora"]
-    calm = one_each(methods, train__steps=12)
-    wild = tiny(method="houlsby", seed=1, train__steps=12, train__learning_rate=1e30, train__clip_norm=0.0)
-    records = run([calm[0], wild[0], *calm[2:]], tmp_path / "wild")
+    calm = one_each(methods, train__steps=24, train__evaluate_every=4)
+    rates = {"train__learning_rate": 1e30, "train__clip_norm": 0.0}
+    wild = one_each(methods, train__steps=24, train__evaluate_every=4, **rates)[1]
+    records = run([calm[0], wild, *calm[2:]], tmp_path / "wild")
     usual = run(calm, tmp_path / "calm")
     assert [r.status for r in records] == ["completed", "diverged", "completed", "completed"]
     for i in (0, 2, 3):
@@ -130,6 +134,20 @@ def test_what_cannot_be_mixed_is_refused_and_leaves_the_model_alone():
         peftbench.attach(model, [named_method("prompt", {"length": n}) for n in (4, 8)])
     assert [p.requires_grad for p in model.parameters()] == flags
     assert not model._forward_pre_hooks
+
+
+def test_a_method_that_fails_takes_no_other_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from peftbench.methods.ia3 import IA3
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(IA3, "delta", broken)
+    pack = [*tiny(method="lora", seed=[0, 1], train__steps=4), *tiny(method=["ia3", "bitfit"], train__steps=4)]
+    records = run_pack(pack, Store(tmp_path), Quiet())
+    assert [r.status for r in records] == ["completed", "completed", "failed", "completed"]
+    assert records[2].error is not None
+    assert "broken" in records[2].error
 
 
 def test_runs_that_can_share_an_adapter_do():
