@@ -96,7 +96,17 @@ class Setting:
     def recipes(self) -> list[Recipe]:
         """Return each run's optimizer settings."""
         return [
-            Recipe(cast(float, c.learning_rate), c.weight_decay, c.clip_norm, c.schedule, c.warmup, m.rate_factor)
+            Recipe(
+                cast(float, c.learning_rate),
+                c.weight_decay,
+                c.clip_norm,
+                c.schedule,
+                c.warmup,
+                m.rate_factor,
+                c.beta1,
+                c.beta2,
+                c.epsilon,
+            )
             for c, m in zip(self.configs, self.methods, strict=True)
         ]
 
@@ -173,9 +183,6 @@ class Assembly:
             steps,
             done=done,
             length=length,
-            beta1=c.beta1,
-            beta2=c.beta2,
-            epsilon=c.epsilon,
             ratios=self.adapter.rate_ratios() + even,
             rows=self.adapter.rows() + [(0, self.adapter.runs)] * len(even),
             keep_gradients=self.adapter.watches_steps,

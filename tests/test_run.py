@@ -87,6 +87,21 @@ def test_text_runs_in_a_pack_give_the_traces_they_give_alone(model: str, tmp_pat
     same_traces(pack, tmp_path)
 
 
+def test_every_setting_of_the_optimizer_is_a_runs_own(tmp_path: Path) -> None:
+    given = {"method": "lora", "train__steps": 12}
+    pack = [
+        *tiny(**given),
+        *tiny(**given, train__beta1=0.5, train__weight_decay=0.1),
+        *tiny(**given, train__beta2=0.9, train__clip_norm=0.1),
+        *tiny(**given, train__epsilon=1e-3, train__schedule="cosine", train__warmup=0.3),
+    ]
+    same_traces(pack, tmp_path)
+    plan = resolve.plan(
+        resolve.demand({"model": ["tiny-bert"], "task": ["tiny"], "train.beta1": [0.5, 0.9]}, None), "cpu"
+    )
+    assert len(plan.packs(plan.specs, 4)) == 1
+
+
 def test_gradient_accumulation_and_checkpointing_change_nothing(tmp_path: Path) -> None:
     plain = run(tiny(method="lora", train__steps=12), tmp_path / "a")[0]
     for i, change in enumerate(({"train__accumulation": 4}, {"train__checkpointing": True})):

@@ -41,6 +41,9 @@ class Recipe:
     warmup: float = 0.0
     factor: Callable[[int, int], float] | None = None
     """A method's own factor on the rate at (step from 0, steps)."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
 
     def rate(self, step: int, steps: int) -> float:
         """Return the learning rate at `step` (from 0) of `steps`."""
@@ -129,6 +132,11 @@ def _gradients(block: Sequence[nn.Parameter], runs: int) -> list[Tensor]:
     return [p.new_zeros((runs, p[0].numel())) if p.grad is None else p.grad.reshape(runs, -1) for p in block]
 
 
+def _shared(values: Sequence[float], device: torch.device) -> float | Tensor:
+    """Return the number that all runs have, or one a run [R, 1]."""
+    return values[0] if len(set(values)) == 1 else torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+
+
 class PackedAdamW:
     """AdamW for parameters with a leading runs axis, plus (for a pack of one) parameters of the base itself.
 
@@ -145,9 +153,6 @@ class PackedAdamW:
         *,
         done: Sequence[int] | None = None,
         length: int | None = None,
-        beta1: float = 0.9,
-        beta2: float = 0.999,
-        epsilon: float = 1e-8,
         ratios: Sequence[Sequence[float]] | None = None,
         keep_gradients: bool = False,
         base: torch.optim.Optimizer | None = None,
@@ -178,7 +183,6 @@ class PackedAdamW:
         if base is not None and self.storage != Storage():
             raise ValueError(f"{self.storage}: an optimizer of the method's own keeps its moments its own way")
         self.packed, self.plain, self.runs = list(packed), list(plain), len(recipes)
-        self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
         device = (self.packed + self.plain)[0].device
         self.steps = tuple([steps] * self.runs if isinstance(steps, int) else steps)
         """Steps in all, by run."""
@@ -192,10 +196,13 @@ class PackedAdamW:
         """Learning rate by step and run, on the host."""
         # Row t: every run's rate, then 1 − β₁ᵗ⁺¹ and 1 − β₂ᵗ⁺¹ by its own t, computed in float64.
         numbers = [[before + step for before in self.done] for step in range(1, length + 1)]
-        corrections = [[[1 - beta**t for t in row] for beta in (beta1, beta2)] for row in numbers]
+        betas = [[r.beta1 for r in recipes], [r.beta2 for r in recipes]]
+        corrections = [[[1 - b**t for b, t in zip(own, row, strict=True)] for own in betas] for row in numbers]
         lines = [[*rates, *first, *second] for rates, (first, second) in zip(self.rates, corrections, strict=True)]
         self._table = torch.tensor(lines, dtype=torch.float32, device=device)
         self._row = torch.zeros(1, dtype=torch.int64, device=device)
+        self._beta1, self._beta2 = (_shared(values, device) for values in betas)
+        self._epsilon = _shared([r.epsilon for r in recipes], device)
         self._clip = torch.tensor([r.clip_norm or math.inf for r in recipes], device=device)
         self.alive = torch.ones(self.runs, dtype=torch.bool, device=device)
         """Runs that have stayed finite so far [R]."""
@@ -211,7 +218,7 @@ class PackedAdamW:
                 {"params": [p for p in self.plain if p.dim() < 2], "weight_decay": 0.0},
             ]
             self._fused = self._base_optimizer(
-                [g for g in groups if g["params"]], recipe.learning_rate, (beta1, beta2), epsilon
+                [g for g in groups if g["params"]], recipe.learning_rate, (recipe.beta1, recipe.beta2), recipe.epsilon
             )
 
     def _base_optimizer(
@@ -410,9 +417,13 @@ class PackedAdamW:
         for columns in self._moments.chunks():
             g, flat = grad[:, columns], self.flat[:, columns]
             with self._moments.opened(columns) as (mean, square):
-                mean.lerp_(g, 1 - self.beta1)
-                square.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
-                root = (square / second).sqrt_().add_(self.epsilon)
+                mean.lerp_(g, 1 - self._beta1)
+                square.mul_(self._beta2)
+                if isinstance(self._beta2, float):
+                    square.addcmul_(g, g, value=1 - self._beta2)
+                else:
+                    square.addcmul_(g, g * (1 - self._beta2))
+                root = (square / second).sqrt_().add_(self._epsilon)
                 update = (mean / first).div_(root)
             if self._decay is not None:
                 update.addcmul_(self._decay[:, columns], flat)
