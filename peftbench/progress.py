@@ -32,7 +32,7 @@ PHASES = {
     "evaluate": "evaluating",
     "test": "testing",
 }
-STYLES = {"completed": "green", "diverged": "yellow", "out_of_memory": "red", "failed": "red"}
+STYLES = {"completed": "green", "pruned": "dim", "diverged": "yellow", "out_of_memory": "red", "failed": "red"}
 
 
 def headline(record: RunRecord) -> str:
@@ -41,6 +41,9 @@ def headline(record: RunRecord) -> str:
         metric = record.quality.get("primary_metric")
         value = (record.quality.get("test") or {}).get(metric)
         return f"{record.run_id}: {metric} {value:.4f}" if isinstance(value, float) else f"{record.run_id}: done"
+    if record.status == "pruned" and record.quality:
+        stopped = record.quality["stopped"]
+        return f"{record.run_id}: pruned after {stopped['step']} of {stopped['of']} steps"
     reason = (record.error or "").strip().splitlines()
     return f"{record.run_id}: {record.status.replace('_', ' ')}{': ' + reason[-1] if reason else ''}"
 

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 SCHEMA_VERSION = 1
-STATUSES = ("completed", "diverged", "out_of_memory", "failed")
+STATUSES = ("completed", "pruned", "diverged", "out_of_memory", "failed")
+"""A run is pruned when a search ends it early: its quality is what was known until then, and nothing was tested."""
 
 
 def plain(value: Any) -> Any:
@@ -143,7 +144,10 @@ def _now() -> str:
 
 @dataclass
 class RunRecord:
-    """What came of one run; written once, never edited. Missing is None, never a stand-in number."""
+    """What came of one run; written once, never edited. Missing is None, never a stand-in number.
+
+    `search` names the study and the trial that asked for it.
+    """
 
     run_id: str
     status: str
@@ -155,6 +159,7 @@ class RunRecord:
     environment: dict[str, Any] = field(default_factory=dict)
     parity: dict[str, Any] | None = None
     pack: dict[str, Any] | None = None
+    search: dict[str, Any] | None = None
     created: str = field(default_factory=_now)
     schema_version: int = SCHEMA_VERSION
 

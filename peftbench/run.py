@@ -17,7 +17,7 @@ from peftbench.cost import cost_of
 from peftbench.errors import UserError
 from peftbench.record import RunRecord, RunSpec
 from peftbench.store import Store
-from peftbench.training import Outcome, train_runs
+from peftbench.training import Outcome, Watch, train_runs
 
 Costs = list[dict[str, Any] | None]
 
@@ -37,11 +37,13 @@ def run_pack(
     *,
     places: int | None = None,
     save_adapters: bool = False,
+    watch: Watch | None = None,
 ) -> list[RunRecord]:
     """Train the runs of one pack, write a record for each as soon as it is done, and return them.
 
     At most `places` runs train side by side (None: all), the others take the place of those that are done. With
-    `save_adapters` the store keeps the parameters that each completed run was tested with.
+    `save_adapters` the store keeps the parameters that each completed run was tested with. A `watch` hears of every
+    evaluation and may prune runs.
 
     If memory runs out, the runs that are not done begin again with half as many places: as two packs, or as one if
     some had waited. Each record says at which sizes memory ran out. If a pack of several methods fails, each method
@@ -56,7 +58,7 @@ def run_pack(
         size = min(size, len(pack))
         costs: Costs = [None] * len(pack)
         clock = Clock(listener, functools.partial(_settle, torch.device(specs[0].device)))
-        for outcomes in _attempt(pack, size, costs, store, cast(Listener, clock), save_adapters):
+        for outcomes in _attempt(pack, size, costs, store, cast(Listener, clock), save_adapters, watch):
             seconds = clock.seconds()
             if size > 1 and outcomes[0].status == "out_of_memory":
                 free(torch.device(specs[0].device))
@@ -73,7 +75,8 @@ def run_pack(
                 continue
             for outcome in outcomes:
                 about = _about(outcome, pack, size, too_many, seconds)
-                records[pack[outcome.run].run_id] = _record(outcome, pack, costs, about, store, listener)
+                search = None if watch is None else watch.about(pack[outcome.run])
+                records[pack[outcome.run].run_id] = _record(outcome, pack, costs, about, search, store, listener)
     return [records[spec.run_id] for spec in specs]
 
 
@@ -91,7 +94,13 @@ def _settle(device: torch.device) -> None:
 
 
 def _attempt(
-    specs: Sequence[RunSpec], places: int, costs: Costs, store: Store, listener: Listener, save_adapters: bool
+    specs: Sequence[RunSpec],
+    places: int,
+    costs: Costs,
+    store: Store,
+    listener: Listener,
+    save_adapters: bool,
+    watch: Watch | None,
 ) -> Iterator[list[Outcome]]:
     """Train runs, at most `places` side by side, and yield what came of those that are done, or failed together.
 
@@ -106,7 +115,8 @@ def _attempt(
         encoded = setting.task.encode(splits["train"], backbone.tokenizer, setting.max_length, backbone.kind)
         for run in left:
             costs[run] = cost_of(setting.alone(run), store, encoded, listener)
-        for outcomes in train_runs(setting, splits, encoded, listener, store if save_adapters else None, places):
+        keep = store if save_adapters else None
+        for outcomes in train_runs(setting, splits, encoded, listener, keep, places, watch):
             for outcome in outcomes:
                 del left[outcome.run]
             yield outcomes
@@ -146,6 +156,7 @@ def _record(
     pack: Sequence[RunSpec],
     costs: Costs,
     about: dict[str, Any],
+    search: dict[str, Any] | None,
     store: Store,
     listener: Listener,
 ) -> RunRecord:
@@ -162,6 +173,7 @@ def _record(
         environment=environment.describe(spec.device),
         parity=verify.stamp(spec.method),
         pack=about,
+        search=search,
     )
     store.write(record)
     listener.record(record)

@@ -14,7 +14,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,12 @@ def _started(pid: int) -> str | None:
         return None
 
 
-def _alive(owner: dict[str, Any]) -> bool:
+def this_process() -> dict[str, Any]:
+    """Return what `alive` knows this process by."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def alive(owner: Mapping[str, Any]) -> bool:
     """Whether the owner of a lock still runs; a process on another host counts as alive, as nobody here can tell."""
     if owner.get("host") != socket.gethostname():
         return True
@@ -146,9 +151,11 @@ class Store:
         return self._consolidated().get(run_id)
 
     def has(self, run_id: str) -> bool:
-        """Whether the run needs no training."""
+        """Whether the run needs no training; one that a search pruned does."""
         record = self.record(run_id)
-        return record is not None and (record["status"] in KEPT or not self.retry_failed)
+        if record is None or record["status"] == "pruned":
+            return False
+        return record["status"] in KEPT or not self.retry_failed
 
     def records(self) -> list[dict[str, Any]]:
         """Return all records sorted by run id; a file in runs/ goes before the consolidated one."""
@@ -246,7 +253,7 @@ class Store:
         """
         folder = self.folder / "locks"
         mine: list[str] = []
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+        me = this_process()
         try:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -277,7 +284,7 @@ class Store:
                     continue
                 except ValueError:
                     owner = {"host": me["host"], "pid": -1}  # killed while it wrote its lock
-                if _alive(owner):
+                if alive(owner):
                     return False
                 path.unlink(missing_ok=True)
                 continue
@@ -292,7 +299,7 @@ class Store:
             owner = json.loads((self.folder / "locks" / f"{run_id}.lock").read_text())
         except (OSError, ValueError):
             return None
-        return owner if _alive(owner) else None
+        return owner if alive(owner) else None
 
     def consolidate(self, slim: bool = False) -> Path:
         """Write all records into records.jsonl.gz, sorted by run id; equal records give equal bytes.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,6 +51,16 @@ class Listener(Protocol):
     def evaluated(self, step: int, metric: str, values: Sequence[float | None], greater_is_better: bool) -> None: ...
 
 
+class Watch(Protocol):
+    """What follows runs while they train, and may end them early."""
+
+    def evaluated(self, spec: RunSpec, step: int, metrics: Mapping[str, float | None], last: bool) -> str | None:
+        """Hear of a run's metrics after `step`, `last` if none will follow; why it is to stop there, or None."""
+
+    def about(self, spec: RunSpec) -> dict[str, Any] | None:
+        """Return what the run's record is to say of who asked for it."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What training gave one run; `stretches` are the step it began each at, and how many runs it had."""
@@ -78,6 +88,7 @@ class Course:
     execution: str = ""
     replayed: int = 0
     carried: Carried | None = None
+    pruned: str | None = None
 
     @property
     def out_of_patience(self) -> bool:
@@ -87,7 +98,12 @@ class Course:
     @property
     def ended(self) -> bool:
         """Whether nothing is left to train."""
-        return not self.alive or len(self.losses) >= self.total or self.out_of_patience
+        return self.lost or len(self.losses) >= self.total or self.out_of_patience
+
+    @property
+    def lost(self) -> bool:
+        """Whether the run ended without anything to be tested: it diverged, or was pruned for the reason given."""
+        return not self.alive or self.pruned is not None
 
 
 @dataclass
@@ -102,6 +118,7 @@ class Pack:
     courses: list[Course]
     listener: Listener
     keep: Store | None
+    watch: Watch | None = None
     begun: bool = False
 
 
@@ -117,11 +134,13 @@ def train_runs(
     listener: Listener,
     keep: Store | None = None,
     places: int | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[list[Outcome]]:
     """Train runs, at most `places` side by side (None: all), and yield what came of those that are done.
 
     Args:
         keep: the store that keeps the parameters each run was tested with.
+        watch: hears of every evaluation, and ends runs that need not go on.
     """
     config = setting.train
     buckets = make_buckets(encoded.lengths, config.batch_size, setting.max_length)
@@ -133,7 +152,7 @@ def train_runs(
     ]
     table = TokenTable(encoded, pad_id(backbone_of(setting).tokenizer), setting.device)
     relay = Relay(totals, per_epoch, places or len(totals))
-    pack = Pack(setting, splits, buckets, table, relay, courses, listener, keep)
+    pack = Pack(setting, splits, buckets, table, relay, courses, listener, keep, watch)
     listener.planned(setting.specs, totals)
     while members := relay.begin():
         if pack.begun:
@@ -186,7 +205,7 @@ def _stretch(pack: Pack, assembly: Assembly, members: Sequence[int]) -> dict[int
     return {
         run: best_of(assembly, optimizer, selection.packed, i)
         for i, (run, course) in enumerate(zip(members, courses, strict=True))
-        if course.ended and course.alive
+        if course.ended and not course.lost
     }
 
 
@@ -218,12 +237,17 @@ def _steps(
         selection.consider(due, metrics)
         primary = task.primary_metric
         listener.evaluated(step, primary, [m.get(primary) for m in metrics.values()], task.greater_is_better)
+        alive = optimizer.alive.tolist()
+        if pack.watch is not None:
+            for i, after in due.items():
+                last = after == courses[i].total or courses[i].out_of_patience
+                if alive[i]:
+                    courses[i].pruned = pack.watch.evaluated(setting.specs[i], after, metrics[i], last)
         listener.phase("train")
         # A run no longer finite stays, frozen, unless another wants its place: with as many rows as before, its
         # neighbours' sums round as they would have.
-        alive = optimizer.alive.tolist()
         leaves = not any(alive) or (pack.relay.waits and not all(alive))
-        return not leaves and not any(course.out_of_patience for course in courses)
+        return not leaves and not any(course.out_of_patience or course.pruned for course in courses)
 
     def on_step(step: int, losses: Tensor) -> None:
         now = time.monotonic()
@@ -269,18 +293,20 @@ def _outcomes(pack: Pack, assembly: Assembly | None, runs: Sequence[int]) -> lis
     """
     courses = {run: pack.courses[run] for run in runs}
     tested: dict[str, tuple[list[list[Any]], list[Any]]] = {}
-    completed = [run for run, course in courses.items() if course.alive]
-    if assembly is not None:
+    completed = [run for run, course in courses.items() if not course.lost]
+    if assembly is not None and completed:
         pack.listener.phase("test")
         tested = {name: _tested(assembly, rows) for name, rows in pack.splits.items() if name.startswith("test")}
     everybody = assembly is not None and len(assembly.setting.specs) == len(runs)
     place = {run: i for i, run in enumerate(runs if everybody else completed)}
     found = []
     for run, course in courses.items():
-        quality = _quality(pack.setting, course, tested, place[run], run) if course.alive else None
-        if assembly is not None and pack.keep is not None and course.alive:
+        quality = None
+        if course.alive:
+            quality = _quality(pack.setting, course, {} if course.lost else tested, place.get(run, 0), run)
+        if assembly is not None and pack.keep is not None and not course.lost:
             pack.keep.write_adapter(pack.setting.specs[run].run_id, functools.partial(_save, assembly, place[run]))
-        status = "completed" if course.alive else "diverged"
+        status = "completed" if not course.lost else "pruned" if course.alive else "diverged"
         trace = _trace(course, pack.setting.train.execution)
         found.append(Outcome(run, status, _error(course), quality, trace, course.stretches))
     return found
@@ -324,10 +350,11 @@ def _quality(
         "items": {},
     }
     if len(course.losses) < course.total:
+        impatient = f"no better {task.primary_metric} in {course.patience} evaluations"
         quality["stopped"] = {
             "step": len(course.losses),
             "of": course.total,
-            "reason": f"no better {task.primary_metric} in {course.patience} evaluations",
+            "reason": course.pruned or impatient,
         }
     for name, (predictions, references) in tested.items():
         quality[name] = task.metrics(predictions[place], references)

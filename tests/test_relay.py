@@ -387,9 +387,9 @@ def test_runs_that_are_done_stay_done_when_memory_runs_out(tmp_path: Path, monke
 
     real, tried, lines = module.train_runs, [], []
 
-    def tight(setting: Any, splits: Any, encoded: Any, listener: Any, keep: Any, places: int) -> Any:
+    def tight(setting: Any, splits: Any, encoded: Any, listener: Any, keep: Any, places: int, *more: Any) -> Any:
         tried.append((len(setting.specs), places))
-        for outcomes in real(setting, splits, encoded, listener, keep, places):
+        for outcomes in real(setting, splits, encoded, listener, keep, places, *more):
             yield outcomes
             if places > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory.")

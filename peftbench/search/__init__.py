@@ -3,10 +3,10 @@
 Layout of `<results>/<sweep.name>/search/`: ``study.db`` (SQLite) or ``journal.log``, unless a database is named;
 ``best-<method>.yaml``, which ``sweep experiment=<file>`` runs again; ``report/``.
 
-Every study has the user attributes ``method``, ``model``, ``task``, ``metric``, ``direction``, ``objectives``, ``space``,
-``seed``, ``sampler``, ``pruner`` and ``fixed`` (what all trials have in common); every finished trial ``run_id``,
-``status`` (its record's), ``seconds`` and ``step``. Parameters are named by their keys (``train.learning_rate``),
-intermediate values are the validation metric by optimizer step.
+Every study has the user attributes ``method``, ``model``, ``task``, ``metric``, ``direction``, ``objectives``,
+``space``, ``seed``, ``sampler``, ``pruner`` and ``fixed`` (what all trials have in common); every finished trial
+``run_id``, ``status`` (its record's), ``seconds`` and ``step``. Parameters are named by their keys
+(``train.learning_rate``), intermediate values are the validation metric by optimizer step.
 """
 
 FOLDER = "search"

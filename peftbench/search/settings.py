@@ -111,5 +111,3 @@ def split(arguments: Sequence[str]) -> tuple[SearchConfig, list[str]]:
             raise UserError(f"{argument}: search.{name} takes one value")
         found[name] = value
     return build(SearchConfig, found, "search"), rest
-
-
