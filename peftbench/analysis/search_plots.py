@@ -326,11 +326,11 @@ def _pareto(name: str, studies: Sequence[Study], styles: Styles) -> Plot:
         _legend(figure, _handles(labels, styles), list(labels))
         _freeze(figure)
     others = sorted({n for s in studies for n in s.objectives[1:]} - {name})
-    caption = f"Value on validation against {title}: a point a complete trial; grey: the front of all methods together."
-    if others:
-        caption += (
-            f" Filled: trials that are on their own method's front of all objectives ({', '.join([name, *others])})."
-        )
+    every = [name, *others]
+    caption = (
+        f"Value on validation against {title}: a point a complete trial; grey: the front of all methods together. Filled: "
+        f"trials on their own method's front of quality and {' and '.join(t.replace('_', ' ') for t in every)}."
+    )
     return Plot(f"search-pareto-{slug(name.replace('_', '-'))}", figure, caption + _more(studies, labels))
 
 

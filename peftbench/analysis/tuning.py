@@ -1,0 +1,130 @@
+"""What a search cost: trials, steps, tokens, seconds and energy of each method, from the records of its trials."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from peftbench.analysis.frame import Record, dig, number
+from peftbench.analysis.studies import COMPLETE, FAILED, PRUNED, Study
+
+UNCHARGED = ("profile",)
+"""Phases that are no part of tuning: cost is measured for the report, once a configuration."""
+
+
+@dataclass(frozen=True)
+class Charge:
+    """What training some runs took; None where a part of it is not known.
+
+    Attributes:
+        steps: optimizer steps.
+        tokens: real tokens trained on, without padding: steps by batch by the mean length of the task's texts.
+        seconds: of the device, each run's share of its pack.
+        joules: at the energy measured for a token of each configuration.
+        flops: at the FLOPs counted for a token of each configuration, padding included.
+    """
+
+    steps: float = 0.0
+    tokens: float | None = 0.0
+    seconds: float | None = 0.0
+    joules: float | None = 0.0
+    flops: float | None = 0.0
+
+    def __add__(self, other: "Charge") -> "Charge":
+        def total(a: float | None, b: float | None) -> float | None:
+            return None if a is None or b is None else a + b
+
+        return Charge(**{f.name: total(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})  # type: ignore[arg-type]
+
+
+def seconds(record: Record) -> float | None:
+    """Return a run's share of the time that its pack took until it was done; None where records do not tell.
+
+    Of each stretch a run is charged its steps' share of that time, divided by how many runs shared the stretch; without
+    stretches the whole time over the pack's size. Measuring cost is not charged. Of a run that waited for a place the
+    time it waited is counted in, which makes its charge too high.
+    """
+    phases = dig(record, ("pack", "seconds"))
+    if not isinstance(phases, Mapping):
+        return None
+    whole = sum(float(v) for name, v in phases.items() if name not in UNCHARGED)
+    size = number(dig(record, ("pack", "size"))) or 1.0
+    stretches = dig(record, ("pack", "stretches")) or []
+    done = steps(record)
+    if len(stretches) < 2 or not done:
+        return whole / (float(stretches[0]["runs"]) if stretches else size)
+    starts = [int(s["step"]) for s in stretches]
+    made = [after - before for before, after in zip(starts, [*starts[1:], done], strict=True)]
+    return sum(whole * part / done / float(s["runs"]) for part, s in zip(made, stretches, strict=True))
+
+
+def steps(record: Record) -> int:
+    """Return how many optimizer steps a run made."""
+    return len(dig(record, ("trace", "loss")) or [])
+
+
+def charge(record: Record) -> Charge:
+    """Return what one run took."""
+    made, cost = steps(record), record.get("cost") or {}
+    rows, length = number(dig(record, ("spec", "train", "batch_size"))), number(dig(cost, ("shape", "length")))
+    padded, real = number(cost.get("padded_tokens_per_second")), number(cost.get("tokens_per_second"))
+    tokens = None
+    if rows is not None and length is not None and padded and real is not None:
+        tokens = made * rows * length * real / padded
+    joules = number(cost.get("energy_joules_per_1k_tokens"))
+    return Charge(
+        steps=made,
+        tokens=tokens,
+        seconds=seconds(record),
+        joules=None if joules is None or tokens is None else joules * tokens / 1000,
+        flops=training_flops(record),
+    )
+
+
+def training_flops(record: Record) -> float | None:
+    """Return steps by batch by length by the FLOPs counted for a token; None without a measured cost."""
+    rows, length = (number(dig(record, ("spec", "train", key))) for key in ("batch_size", "max_length"))
+    per_token = number(dig(record, ("cost", "flops_per_token")))
+    return None if rows is None or length is None or per_token is None else steps(record) * rows * length * per_token
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What one method's searches cost: its trials by state, how many runs they made, and what these took.
+
+    Trials that asked for the same configuration share a run, which is charged once. `lost` runs have no record.
+    """
+
+    method: str
+    trials: int
+    complete: int
+    pruned: int
+    failed: int
+    runs: int
+    lost: int
+    charge: Charge
+
+
+def tuning(studies: Sequence[Study], records: Mapping[str, Record]) -> list[Tuning]:
+    """Return what each method's studies cost, in order of first appearance; `records` by run id."""
+    by_method: dict[str, list[Study]] = {}
+    for study in studies:
+        by_method.setdefault(study.method, []).append(study)
+    found = []
+    for method, members in by_method.items():
+        asked = dict.fromkeys(t.run_id for s in members for t in s.trials if t.run_id is not None)
+        known = [records[run_id] for run_id in asked if run_id in records]
+        total = Charge()
+        for record in known:
+            total = total + charge(record)
+        counts: dict[str, Any] = {state: sum(len(s.of(state)) for s in members) for state in (COMPLETE, PRUNED, FAILED)}
+        found.append(
+            Tuning(
+                method=method,
+                trials=sum(counts.values()),
+                runs=len(known),
+                lost=len(asked) - len(known),
+                charge=total,
+                **counts,
+            )
+        )
+    return found
