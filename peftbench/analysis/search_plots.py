@@ -328,8 +328,8 @@ def _pareto(name: str, studies: Sequence[Study], styles: Styles) -> Plot:
     others = sorted({n for s in studies for n in s.objectives[1:]} - {name})
     every = [name, *others]
     caption = (
-        f"Value on validation against {title}: a point a complete trial; grey: the front of all methods together. Filled: "
-        f"trials on their own method's front of quality and {' and '.join(t.replace('_', ' ') for t in every)}."
+        f"Value on validation against {title}: a point a complete trial; grey: the front of all methods together. "
+        f"Filled: trials on their own method's front of quality and {' and '.join(t.replace('_', ' ') for t in every)}."
     )
     return Plot(f"search-pareto-{slug(name.replace('_', '-'))}", figure, caption + _more(studies, labels))
 
