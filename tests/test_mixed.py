@@ -67,6 +67,21 @@ def test_text_models(model, tmp_path: Path):
     same_traces(one_each(["lora", "ia3", "houlsby", "layernorm", "dora"], **given), tmp_path)
 
 
+def test_generated_answers_are_those_alone(tmp_path: Path):
+    """One cache of keys and values for every run, in one pass through the base."""
+    given = {"model": "tiny-gpt2", "task__formulation": "text", "train__steps": 6, "train__learning_rate": 3e-2}
+    pack = one_each(["lora", "houlsby", "ia3", "lora"], **given)
+    packed = run(pack, tmp_path / "packed")
+    answers = []
+    for i, spec in enumerate(pack):
+        (alone,) = run([spec], tmp_path / str(i))
+        assert alone.quality is not None
+        assert packed[i].quality is not None
+        answers.append(alone.quality["items"]["test"]["predictions"])
+        assert packed[i].quality["items"]["test"]["predictions"] == answers[-1]
+    assert any(a != answers[0] for a in answers), "runs answer alike: nothing is told apart"
+
+
 def test_several_runs_of_each_method_and_two_settings_of_one(tmp_path: Path):
     pack = [
         *tiny(method="lora", method__rank=[2, 8], seed=[0, 1], train__steps=12),
