@@ -155,6 +155,7 @@ def packs(
     specs: Sequence[RunSpec],
     sharing: Callable[[RunSpec], Sharing],
     size: int | Callable[[Sequence[RunSpec]], int],
+    early: bool = False,
 ) -> list[Group]:
     """Group runs that can share a base into packs, in order of first appearance, runs of one kind side by side.
 
@@ -167,6 +168,7 @@ def packs(
 
     Args:
         size: how many train side by side at most, or what tells that of runs that can share a base.
+        early: any run may end before its time.
     """
     companies: dict[str, dict[str, list[RunSpec]]] = {}
     for spec in specs:
@@ -182,24 +184,24 @@ def packs(
         left: list[RunSpec] = []
         for alike in kinds.values():
             whole = len(alike) // most * most
-            if len(kinds) == 1 or (whole and not _end_together(alike)):
-                found += _evenly(alike, most)
+            if len(kinds) == 1 or (whole and not _end_together(alike, early)):
+                found += _evenly(alike, most, early)
                 continue
             found += [Group(alike[i : i + most], most) for i in range(0, whole, most)]
             left += alike[whole:]
-        found += _evenly(left, most)
+        found += _evenly(left, most, early)
     return found
 
 
-def _end_together(specs: Sequence[RunSpec]) -> bool:
+def _end_together(specs: Sequence[RunSpec], early: bool) -> bool:
     """Whether runs on the same data are known to make the same number of steps."""
     trains = [spec.train for spec in specs]
     lengths = {canonical([t.get("steps"), t.get("epochs") if t.get("steps") is None else None]) for t in trains}
-    return len(lengths) <= 1 and all(t.get("patience") is None for t in trains)
+    return not early and len(lengths) <= 1 and all(t.get("patience") is None for t in trains)
 
 
-def _evenly(members: Sequence[RunSpec], most: int) -> list[Group]:
-    each = most if most == 1 or _end_together(members) else most * QUEUE
+def _evenly(members: Sequence[RunSpec], most: int, early: bool) -> list[Group]:
+    each = most if most == 1 or _end_together(members, early) else most * QUEUE
     count = math.ceil(len(members) / each)
     bounds = [len(members) * i // count for i in range(count + 1)] if count else [0]
     return [Group(members[low:high], most) for low, high in itertools.pairwise(bounds)]

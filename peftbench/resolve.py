@@ -408,9 +408,10 @@ class Plan:
         self,
         wanted: Sequence[RunSpec],
         size: int | Callable[[Sequence[RunSpec]], int],
+        early: bool = False,
     ) -> list[Group]:
         """Group `wanted` runs into packs of at most `size`, which may depend on what runs share a base."""
-        return packs(wanted, self.resolver.sharing, size)
+        return packs(wanted, self.resolver.sharing, size, early)
 
 
 def plan(request: Demand, device: str) -> Plan:

@@ -113,7 +113,7 @@ def prepare(
     if wanted:
         _check_space(store.folder, len(wanted))
         store.prepare()
-    groups = _packed(planned, wanted, config.pack, store, fit, tell)
+    groups = pack_up(planned, wanted, config.pack, store, fit, tell)
     jobs = [
         Pack(list(pack), str(store.folder), config.retry_failed, config.save_adapters, places=pack.places)
         for pack in groups
@@ -144,22 +144,26 @@ def _fit(planned: Plan, wanted: Sequence[RunSpec], force: bool, memory: Memory) 
     return fit
 
 
-def _packed(
+def pack_up(
     planned: Plan,
     wanted: Sequence[RunSpec],
     size: str | int,
     store: Store,
     fit: "Fit | None",
     tell: Callable[[str], None],
+    early: bool = False,
 ) -> list[Group]:
-    """Return packs of at most `size`; for "auto" of what is fastest and fits into memory."""
+    """Return packs of at most `size`; for "auto" of what is fastest and fits into memory.
+
+    `early`: any run may end before its time.
+    """
     if isinstance(size, int) or not wanted:
-        return planned.packs(wanted, size if isinstance(size, int) else 1)
+        return planned.packs(wanted, size if isinstance(size, int) else 1, early)
     from peftbench.packing import Packing
 
     fitting = (lambda members, most: most) if fit is None else fit.pack_size
     packing = Packing(store, planned.resolver.device, fitting, measure=fit is not None, tell=tell)
-    return planned.packs(wanted, packing.size)
+    return planned.packs(wanted, packing.size, early)
 
 
 def _without_adapter(store: Store, specs: Sequence[RunSpec]) -> list[str]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from peftbench.assembly import Assembly, Setting, assembled, backbone_of
 from peftbench.carry import Carried, Tensors, best_of, carried, load, resume
+from peftbench.config import TrainConfig
 from peftbench.engine.batches import Bucket, TokenTable, make_buckets, packed_batches, steps_per_epoch
 from peftbench.engine.glance import Glance
 from peftbench.engine.loop import train
@@ -51,11 +52,21 @@ class Listener(Protocol):
     def evaluated(self, step: int, metric: str, values: Sequence[float | None], greater_is_better: bool) -> None: ...
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """A run's metrics on validation after `step`; `last` if none will follow."""
+
+    spec: RunSpec
+    step: int
+    metrics: Mapping[str, float | None]
+    last: bool
+
+
 class Watch(Protocol):
     """What follows runs while they train, and may end them early."""
 
-    def evaluated(self, spec: RunSpec, step: int, metrics: Mapping[str, float | None], last: bool) -> str | None:
-        """Hear of a run's metrics after `step`, `last` if none will follow; why it is to stop there, or None."""
+    def evaluated(self, found: Sequence[Evaluation]) -> Sequence[str | None]:
+        """Hear of the members that were evaluated together; why each of them is to stop there, or None."""
 
     def about(self, spec: RunSpec) -> dict[str, Any] | None:
         """Return what the run's record is to say of who asked for it."""
@@ -127,6 +138,22 @@ def _evaluation_steps(steps: int, per_epoch: int, every: int | None) -> frozense
     return frozenset([*range(every or per_epoch, steps, every or per_epoch), steps])
 
 
+def schedule(spec: RunSpec) -> tuple[int, int]:
+    """Return the steps after which a run is evaluated first and last; loads its model's tokenizer and its texts."""
+    setting = Setting.of([spec])
+    config, backbone = setting.train, backbone_of(setting)
+    rows = setting.task.splits(spec.protocol)["train"]
+    encoded = setting.task.encode(rows, backbone.tokenizer, setting.max_length, backbone.kind)
+    buckets = make_buckets(encoded.lengths, config.batch_size, setting.max_length)
+    per_epoch = steps_per_epoch(buckets, config.batch_size)
+    steps = _evaluation_steps(_total(config, per_epoch), per_epoch, config.evaluate_every)
+    return min(steps), max(steps)
+
+
+def _total(config: TrainConfig, per_epoch: int) -> int:
+    return config.steps or max(1, round(config.epochs * per_epoch))
+
+
 def train_runs(
     setting: Setting,
     splits: dict[str, list[dict[str, Any]]],
@@ -145,7 +172,7 @@ def train_runs(
     config = setting.train
     buckets = make_buckets(encoded.lengths, config.batch_size, setting.max_length)
     per_epoch = steps_per_epoch(buckets, config.batch_size)
-    totals = [c.steps or max(1, round(c.epochs * per_epoch)) for c in setting.configs]
+    totals = [_total(c, per_epoch) for c in setting.configs]
     courses = [
         Course(total, c.patience, _evaluation_steps(total, per_epoch, config.evaluate_every))
         for total, c in zip(totals, setting.configs, strict=True)
@@ -239,10 +266,15 @@ def _steps(
         listener.evaluated(step, primary, [m.get(primary) for m in metrics.values()], task.greater_is_better)
         alive = optimizer.alive.tolist()
         if pack.watch is not None:
-            for i, after in due.items():
-                last = after == courses[i].total or courses[i].out_of_patience
-                if alive[i]:
-                    courses[i].pruned = pack.watch.evaluated(setting.specs[i], after, metrics[i], last)
+            heard = {i: courses[i] for i in due if alive[i]}
+            reasons = pack.watch.evaluated(
+                [
+                    Evaluation(setting.specs[i], due[i], metrics[i], due[i] == c.total or c.out_of_patience)
+                    for i, c in heard.items()
+                ]
+            )
+            for course, reason in zip(heard.values(), reasons, strict=True):
+                course.pruned = reason
         listener.phase("train")
         # A run no longer finite stays, frozen, unless another wants its place: with as many rows as before, its
         # neighbours' sums round as they would have.

@@ -21,6 +21,7 @@ from peftbench.record import train_content
 
 Record = Mapping[str, Any]
 STATUSES = ("completed", "diverged", "out_of_memory", "failed")
+PRUNED = "pruned"
 REFERENCE = "full"
 
 # A panel is what may be compared side by side: one model on one task, under one protocol, data and kind of device.
@@ -120,6 +121,8 @@ def content(spec: Mapping[str, Any]) -> dict[str, Any]:
 def frame(records: Sequence[Record]) -> pd.DataFrame:
     """One row a run, in order of `run_id`; a run recorded twice counts once, its completed record first.
 
+    Runs that a search pruned are left out: their last metrics are those of a run cut short. `pruned` counts them.
+
     Columns: run_id, status, error, `PANEL`, method, configuration, variant, label, line, learning_rate, rank, seed,
     primary_metric, greater_is_better, validation, test, selected_step, `<split>.<metric>`, and the keys of `COST_PATHS`
     (units in their names; parameters are counts).
@@ -132,6 +135,8 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
         unique.setdefault(str(record.get("run_id")), record)
     rows, settings = [], []
     for record in unique.values():
+        if record.get("status") == PRUNED:
+            continue
         row, kept = _row(record), content(record["spec"])
         text = json.dumps(kept, sort_keys=True, default=str)
         rows.append(row | {"configuration": hashlib.sha256(text.encode()).hexdigest()[:12]})
@@ -141,6 +146,12 @@ def frame(records: Sequence[Record]) -> pd.DataFrame:
     for row in rows:
         row.pop("data")
     return pd.DataFrame(rows)
+
+
+def pruned(records: Sequence[Record]) -> int:
+    """Return how many runs a search pruned and nobody completed since."""
+    done = {str(record.get("run_id")) for record in records if record.get("status") != PRUNED}
+    return len({str(record.get("run_id")) for record in records if record.get("status") == PRUNED} - done)
 
 
 def _row(record: Record) -> dict[str, Any]:

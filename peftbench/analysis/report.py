@@ -16,7 +16,17 @@ from typing import Any
 import pandas as pd
 
 from peftbench.analysis import comparisons, evidence, extras, plots, tables
-from peftbench.analysis.frame import STATUSES, configurations, dig, flatten, frame, rows_of, selected, task_titles
+from peftbench.analysis.frame import (
+    STATUSES,
+    configurations,
+    dig,
+    flatten,
+    frame,
+    pruned,
+    rows_of,
+    selected,
+    task_titles,
+)
 from peftbench.analysis.tables import Table
 from peftbench.errors import UserError
 
@@ -58,6 +68,8 @@ def write_report(records: Sequence[Record], folder: Path) -> list[Path]:
     if not records:
         raise UserError(f"{folder}: no records, so nothing to report; run a sweep first")
     runs = frame(records)
+    if runs.empty:
+        raise UserError(f"{folder}: all {pruned(records)} runs were pruned by a search, so nothing to report")
     if not (runs["status"] == "completed").any():
         raise UserError(
             f"{folder}: none of {len(runs)} runs completed ({_status_counts(runs)}); first: {_first_error(runs)}"
@@ -133,7 +145,7 @@ def _markdown(
     folder: Path,
 ) -> str:
     lost = all_tables.get("unfinished")
-    lines = [f"# {folder.name or folder}", "", _summary(runs, table), ""]
+    lines = [f"# {folder.name or folder}", "", _summary(runs, table, pruned(records)), ""]
     if lost is not None:
         lines += [
             f"**{len(lost.rows)} of {len(runs)} runs did not complete** "
@@ -208,7 +220,7 @@ def _section(one: Table, titled: bool = True) -> list[str]:
     return [*lines, f"Raw numbers: [csv](tables/{one.name}.csv), [tex](tables/{one.name}.tex)", ""]
 
 
-def _summary(runs: pd.DataFrame, table: pd.DataFrame) -> str:
+def _summary(runs: pd.DataFrame, table: pd.DataFrame, cut: int) -> str:
     def some(values: Iterable[Any], what: str) -> str:
         names = sorted({str(v) for v in values})
         return f"{len(names)} {what}{'s' if len(names) != 1 else ''} ({_some(names, 12)})"
@@ -216,6 +228,7 @@ def _summary(runs: pd.DataFrame, table: pd.DataFrame) -> str:
     return (
         f"{len(runs)} runs of {len(table)} configurations: {some(table['method'], 'method')}, "
         f"{some(task_titles(table), 'task')}, {some(table['model'], 'model')}; {_status_counts(runs)}."
+        + (f" {cut} more were pruned by a search and are in no table or figure." if cut else "")
     )
 
 

@@ -418,7 +418,10 @@ def terminal_tables(records: Sequence[Mapping[str, Any]]) -> list[Table]:
     """
     if not records:
         raise UserError("there are no records to show: the results folder is empty; run a sweep first")
-    chosen = selected(configurations(frame(records)))
+    runs = frame(records)
+    if runs.empty:
+        return []  # a search pruned them all
+    chosen = selected(configurations(runs))
     whole = overview(chosen)
     return leaderboards(chosen) + ([whole] if whole else [])
 

@@ -11,8 +11,8 @@ from peftbench.errors import UserError
 
 SAMPLERS = ("tpe", "gp", "nsga2", "random", "grid")
 PRUNERS = ("none", "successive_halving", "hyperband", "median")
-OBJECTIVES = {"quality": None, "adapter_parameters": "minimize", "memory": "minimize", "time": "minimize"}
-"""What a trial is judged by, and its direction; that of quality is the task's."""
+OBJECTIVES = ("quality", "adapter_parameters", "memory", "time")
+"""What a trial is judged by: less is better, but for quality where the task says otherwise."""
 MEASURED = ("memory", "time")
 """Objectives that rest on a measurement of cost."""
 BATCH = 8
@@ -49,7 +49,7 @@ class SearchConfig:
         one_of("search.sampler", self.sampler, SAMPLERS)
         one_of("search.pruner", self.pruner, PRUNERS)
         for name in self.objectives:
-            one_of("search.objectives", name, tuple(OBJECTIVES))
+            one_of("search.objectives", name, OBJECTIVES)
         if not self.objectives or len(set(self.objectives)) < len(self.objectives):
             raise UserError(f"search.objectives={','.join(self.objectives)}: expected different names, at least one")
         if len(self.objectives) > 1 and self.pruner != "none":
