@@ -1,4 +1,4 @@
-"""The commands: ``python -m peftbench sweep|run|report|profile|estimate|verify|methods|models|tasks|doctor``."""
+"""The commands: ``python -m peftbench sweep|run|search|report|profile|estimate|verify|methods|models|tasks|doctor``."""
 
 import argparse
 import os
@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import peftbench
-from peftbench.cli import doctor, estimate, lists, profile, report, sweep, verify
+from peftbench.cli import doctor, estimate, lists, profile, report, search, sweep, verify
 from peftbench.environment import COMMAND
 from peftbench.errors import UserError, nearest
 
 COMMANDS = {
     "sweep": ("train a grid of runs", sweep.SWEEP_HELP),
     "run": ("train one run", sweep.RUN_HELP),
+    "search": ("search hyperparameters", search.HELP),
     "report": ("tables and plots of a sweep", report.HELP),
     "profile": ("measure one configuration, with traces", profile.HELP),
     "estimate": ("predict cost and what fits into a GPU", estimate.HELP),
@@ -45,6 +46,9 @@ def parser() -> Parser:
             one.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides, see above")
             one.add_argument("--quiet", action="store_true", help="print only what went wrong and the report's path")
             one.add_argument("--force", action="store_true", help="start even what will not fit into memory")
+        if name == "search":
+            one.add_argument("overrides", nargs="*", metavar="key=value", help="search.* and the keys of sweep")
+            one.add_argument("--quiet", action="store_true", help="print only what went wrong and the files written")
         if name in ("profile", "estimate"):
             one.add_argument("overrides", nargs="*", metavar="key=value", help="the keys of run")
         if name in ("methods", "models", "tasks", "profile", "estimate"):
@@ -78,7 +82,9 @@ def dispatch(arguments: Sequence[str]) -> int:
     if given.command is None:
         top.print_help()
         return 2
-    if rest and (given.command not in ("sweep", "run", "profile", "estimate") or any(r.startswith("-") for r in rest)):
+    if rest and (
+        given.command not in ("sweep", "run", "search", "profile", "estimate") or any(r.startswith("-") for r in rest)
+    ):
         raise UserError(
             f"{rest[0]}: not an argument of {given.command} (see python -m peftbench {given.command} --help)"
         )
@@ -86,6 +92,9 @@ def dispatch(arguments: Sequence[str]) -> int:
         os.environ[COMMAND] = shlex.join(["python", "-m", "peftbench", *arguments])
         work = sweep.sweep if given.command == "sweep" else sweep.run
         return work([*given.overrides, *rest], given.quiet, given.force)
+    if given.command == "search":
+        os.environ[COMMAND] = shlex.join(["python", "-m", "peftbench", *arguments])
+        return search.search([*given.overrides, *rest], given.quiet)
     if given.command == "report":
         return report.report(given.folder, given.consolidate, given.slim)
     if given.command == "profile":

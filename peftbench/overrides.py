@@ -29,7 +29,14 @@ class Overrides:
         """`top` as SweepConfig takes it; the folder is named after the experiment unless a name is given."""
         found = {k: v for k, v in self.top.items() if not k.startswith("sweep.")}
         name = self.top.get("sweep.name", self.top.get("experiment"))
+        if name is not None and "sweep.name" not in self.top and is_file(str(name)):
+            name = None  # the file's own
         return found if name is None else {**found, "sweep": {"name": str(name)}}
+
+
+def is_file(experiment: str) -> bool:
+    """Whether `experiment=` names a yaml file rather than a folder of experiments/."""
+    return experiment.endswith((".yaml", ".yml"))
 
 
 def _parser() -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 from peftbench import environment, registry
 from peftbench.config import PROTOCOLS, ModelConfig, ProfileConfig, TrainConfig, as_dict, build, in_range, one_of
 from peftbench.errors import UserError, nearest
+from peftbench.overrides import is_file
 from peftbench.plan import GROUPS, Demand, Group, Point, Sharing, as_grid, flatten, packs, points
 from peftbench.record import DEFAULT_OPTIMIZER, RunSpec, canonical, plain
 
@@ -15,17 +16,14 @@ EXPERIMENT_KEYS = ("common", "grids", "per_method", "sweep", "question")
 
 
 def experiment(name: str) -> tuple[list[dict[str, list[Any]]], dict[str, dict[str, list[Any]]], str]:
-    """Read `experiments/<name>/experiment.yaml`: its grids with `common` filled in, values per method, and sweep name.
+    """Read `experiments/<name>/experiment.yaml`, or the file `name`: its grids with `common` filled in, values per
+    method, and sweep name.
 
     Raises UserError for an unknown experiment or key.
     """
-    known = registry.experiments()
-    if name not in known:
-        folders = ", ".join(str(f) for f in registry.experiment_folders()) or "no experiments folder"
-        raise UserError(f"experiment={name}: no such experiment in {folders}{nearest(name, known)}")
     from omegaconf import OmegaConf
 
-    path = known[name]
+    path = _experiment_file(name)
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except Exception as error:
@@ -45,7 +43,20 @@ def experiment(name: str) -> tuple[list[dict[str, list[Any]]], dict[str, dict[st
         raise UserError(f"{path}: common and per_method: expected mappings")
     chosen = [{**as_grid(common), **as_grid(grid)} for grid in grids]
     values = {str(method): as_grid(keys) for method, keys in per_method.items()}
-    return chosen, values, str(content.get("sweep") or name)
+    return chosen, values, str(content.get("sweep") or (path.stem if is_file(name) else name))
+
+
+def _experiment_file(name: str) -> Path:
+    if is_file(name):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise UserError(f"experiment={name}: no such file")
+        return path
+    known = registry.experiments()
+    if name not in known:
+        folders = ", ".join(str(f) for f in registry.experiment_folders()) or "no experiments folder"
+        raise UserError(f"experiment={name}: no such experiment in {folders}{nearest(name, known)}")
+    return known[name]
 
 
 def demand(given: Mapping[str, Sequence[Any]], name: str | None) -> Demand:

@@ -278,11 +278,11 @@ def test_an_interrupt_is_one_whatever_a_library_makes_of_it(tmp_path, capsys, nu
             raise RuntimeError("broken in the midst of composing") from None
 
     before = signal.getsignal(number)
-    assert command._interruptible(work, lambda: tmp_path) is None
+    assert command.interruptible(work, lambda: tmp_path) is None
     assert "interrupted: 0 finished runs are kept" in capsys.readouterr().err
     assert signal.getsignal(number) is before
     with pytest.raises(ZeroDivisionError):
-        command._interruptible(lambda: 1 // 0, lambda: tmp_path)
+        command.interruptible(lambda: 1 // 0, lambda: tmp_path)
 
 
 def test_interrupted_sweeps_keep_what_is_done_and_go_on(here):

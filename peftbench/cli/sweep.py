@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.cells import cell_len
 from rich.console import Console, JustifyMethod
@@ -17,6 +17,7 @@ from peftbench.errors import UserError, nearest
 from peftbench.store import Store
 from peftbench.sweep import Outcome, configure, prepare, say, sweep_folder
 
+T = TypeVar("T")
 LAUNCHER_EXTRAS = {"joblib": "joblib", "submitit_slurm": "slurm", "submitit_local": "slurm", "ray": "ray"}
 
 SWEEP_HELP = """\
@@ -95,7 +96,7 @@ def multirun(arguments: Sequence[str], quiet: bool, force: bool = False) -> Outc
         raise _hydra_error(error, parsed.hydra) from error
 
 
-def _interruptible(work: Callable[[], Outcome], folder: Callable[[], Path]) -> Outcome | None:
+def interruptible(work: Callable[[], T], folder: Callable[[], Path]) -> T | None:
     """Do `work`; None after Ctrl-C or SIGTERM, with a line that says what is kept.
 
     An interrupt may come out of a library as an error of its own: whatever is raised after the signal is the interrupt.
@@ -221,7 +222,7 @@ def report_lines(paths: Sequence[Path]) -> list[str]:
 def sweep(arguments: Sequence[str], quiet: bool = False, force: bool = False) -> int:
     """Run a sweep; returns the exit code."""
     _, config = configure(arguments)
-    outcome = _interruptible(lambda: multirun(arguments, quiet, force), lambda: sweep_folder(config))
+    outcome = interruptible(lambda: multirun(arguments, quiet, force), lambda: sweep_folder(config))
     return 130 if outcome is None else _finish(outcome, quiet, report=True)
 
 
@@ -244,7 +245,7 @@ def run(arguments: Sequence[str], quiet: bool = False, force: bool = False) -> i
                 answers.append({"runs": job.train(pack), "stopped": None})
         return prepared.outcome(answers)
 
-    outcome = _interruptible(work, lambda: sweep_folder(config))
+    outcome = interruptible(work, lambda: sweep_folder(config))
     if outcome is None:
         return 130
     code = _finish(outcome, quiet, report=False)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peftbench import overrides, registry
+from peftbench.budget import PROTOCOL, Budget, Held, LeftOut, Unmatched, budget_of
 from peftbench.config import SweepConfig, build
 from peftbench.errors import UserError
 from peftbench.plan import GROUPS, Demand, Point, points
@@ -34,6 +35,7 @@ class Prepared:
         points: of each study, the keys that all its trials have.
         specs: of each study, a run in the middle of its space.
         lines: worth showing first.
+        budget: what is held equal, if anything is, and which methods cannot be held to it.
     """
 
     config: SearchConfig
@@ -44,6 +46,8 @@ class Prepared:
     points: list[Point]
     specs: list[RunSpec]
     lines: list[str]
+    budget: Budget | None = None
+    left_out: list[LeftOut] = field(default_factory=list)
 
 
 def prepare(arguments: Sequence[str]) -> Prepared:
@@ -75,7 +79,13 @@ def prepare(arguments: Sequence[str]) -> Prepared:
     found, lines = points(demand({**fixed, "method": methods}, None), declared)
     varied = space.axes(config.space, methods)
     resolver = Resolver(sweep.device)
-    prepared = Prepared(config, sweep, sweep_folder(sweep), resolver, [], [], [], lines)
+    budget = None
+    if config.protocol == PROTOCOL:
+        if fixed.get("protocol", ["held_out"]) != ["held_out"]:
+            raise UserError(f"protocol={fixed['protocol'][0]}: given beside protocol={PROTOCOL}, which is held out")
+        budget = budget_of(config, resolver)
+        config = budget.config
+    prepared = Prepared(config, sweep, sweep_folder(sweep), resolver, [], [], [], lines, budget)
     for point in found:
         method = str(point["method"])
         own = list(spans.values())
@@ -84,6 +94,8 @@ def prepare(arguments: Sequence[str]) -> Prepared:
         named = {axis.key for axis in own}
         axes = [*(a for a in varied[method] if a.key not in named and a.key not in point), *own]
         _add(prepared, point, axes)
+    if not prepared.abouts:
+        raise UserError("; ".join(f"method={one.method}: {one.reason}" for one in prepared.left_out))
     return prepared
 
 
@@ -149,7 +161,19 @@ def _add(prepared: Prepared, point: Point, axes: Sequence[Axis]) -> None:
         kept.append(whole)
     if not kept:
         raise UserError(f"method={method}: nothing to search; every key of search.space={config.space} is given")
-    spec = resolver.spec({**middle, **{axis.key: _some(axis) for axis in kept}})
+    held = Held(tuple(kept))
+    if prepared.budget is not None:
+        try:
+            held = prepared.budget.hold(point, kept)
+        except Unmatched as error:
+            model, task = (str(point[key]) for key in ("model", "task"))
+            prepared.left_out.append(LeftOut(method, model, task, str(error)))
+            prepared.lines.append(f"{method} is left out: it {error}")
+            return
+        kept = list(held.axes)
+        prepared.lines.extend(held.lines)
+    some = {axis.key: axis.value(held.some[axis.key]) if axis.key in held.some else _some(axis) for axis in kept}
+    spec = resolver.spec({**middle, **held.complete(some)})
     task = registry.build_task(spec.task)
     _check_grid(prepared, method, kept)
     names = [method, spec.model["name"], spec.task["name"]]
@@ -161,7 +185,12 @@ def _add(prepared: Prepared, point: Point, axes: Sequence[Axis]) -> None:
         metric=task.primary_metric,
         maximise=task.greater_is_better,
         axes=tuple(kept),
-        fixed={**point, "identity": spec.identity},
+        fixed={
+            **point,
+            "identity": spec.identity,
+            **({} if prepared.budget is None else {"budget": prepared.budget.statement()}),
+        },
+        held=held,
     )
     if any(other.name == about.name for other in prepared.abouts):
         raise UserError(f"method={method}: named twice")

@@ -65,11 +65,9 @@ def sampler(name: str, seed: int, axes: Sequence[Axis]) -> BaseSampler:
     """Return a sampler by name."""
     made: dict[str, Callable[[int], BaseSampler]] = {
         "tpe": lambda s: optuna.samplers.TPESampler(
-            seed=s, n_startup_trials=STARTUP, multivariate=True, constant_liar=True, warn_independent_sampling=False
+            seed=s, n_startup_trials=STARTUP, multivariate=True, constant_liar=True
         ),
-        "gp": lambda s: optuna.samplers.GPSampler(
-            seed=s, n_startup_trials=STARTUP, deterministic_objective=False, warn_independent_sampling=False
-        ),
+        "gp": lambda s: optuna.samplers.GPSampler(seed=s, n_startup_trials=STARTUP, deterministic_objective=False),
         "nsga2": lambda s: optuna.samplers.NSGAIISampler(seed=s, population_size=16),
         "random": lambda s: optuna.samplers.RandomSampler(seed=s),
         "grid": lambda s: optuna.samplers.GridSampler({axis.key: axis.params() for axis in axes}, seed=s),

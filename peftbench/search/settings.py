@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peftbench import budget
 from peftbench.config import build, in_range, one_of
 from peftbench.errors import UserError
 
@@ -31,6 +32,11 @@ class SearchConfig:
         storage: ``sqlite`` or ``journal`` in the results folder, or a database's URL.
         workers: processes on this machine.
         heartbeat: seconds between two signs of life; a worker on another machine is given up after three without one.
+        protocol: ``search``, or ``equal_budget``, for which the others are; see `peftbench.budget`.
+        budget: what is held equal.
+        final_seeds: of each method's best configuration, on seeds that no trial had.
+        tolerance: share by which what is held equal may be missed.
+        target_parameters, seconds, memory, target_flops: how much of it.
     """
 
     trials: int = 32
@@ -43,6 +49,14 @@ class SearchConfig:
     storage: str = "sqlite"
     workers: int = 1
     heartbeat: float = 60.0
+    protocol: str = "search"
+    budget: str = "trials"
+    final_seeds: int = 5
+    tolerance: float = 0.1
+    target_parameters: str | int | None = None
+    seconds: float | None = None
+    memory: str | None = None
+    target_flops: float | None = None
 
     def __post_init__(self) -> None:
         in_range("search.trials", self.trials, 1)
@@ -65,6 +79,8 @@ class SearchConfig:
             raise UserError(f"search.storage={self.storage}: expected sqlite, journal or a database's URL")
         in_range("search.workers", self.workers, 1)
         in_range("search.heartbeat", self.heartbeat, 0, open_low=True)
+        one_of("search.protocol", self.protocol, ("search", budget.PROTOCOL))
+        budget.check(self)
 
     @property
     def batch_size(self) -> int:
@@ -89,6 +105,9 @@ def split(arguments: Sequence[str]) -> tuple[SearchConfig, list[str]]:
     for argument in arguments:
         key, equals, text = argument.lstrip("+").partition("=")
         group, _, name = key.partition(".")
+        if argument == f"protocol={budget.PROTOCOL}":
+            found["protocol"] = budget.PROTOCOL  # runs themselves are held out: validation selects, test is reported
+            continue
         if group != "search":
             rest.append(argument)
             continue

@@ -19,6 +19,7 @@ import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from peftbench.budget import Held
 from peftbench.errors import UserError
 from peftbench.record import canonical, plain
 from peftbench.search import samplers
@@ -46,6 +47,7 @@ class About:
         axes: what its trials vary.
         fixed: all other keys of a run.
         rungs: steps before the first and the last evaluation of a run, for pruning.
+        held: what a budget makes of it.
     """
 
     name: str
@@ -57,6 +59,7 @@ class About:
     axes: tuple[Axis, ...]
     fixed: Mapping[str, Any]
     rungs: tuple[int, int] = (1, 1)
+    held: Held = field(default_factory=lambda: Held(()))
 
 
 def counts(trial: FrozenTrial) -> bool:
@@ -77,16 +80,16 @@ class Study:
             UserError: there is a study of that name which seeks something else.
         """
         self.about, self.config, self.storage, self.exclusive = about, config, storage, exclusive
-        directions = [self._direction(name) for name in config.objectives]
+        self.directions = [self._direction(name) for name in config.objectives]
         self.optuna = optuna.create_study(
             study_name=about.name,
             storage=storage,
             sampler=samplers.sampler(config.sampler, config.seed, about.axes),
             pruner=samplers.pruner(config.pruner, *about.rungs),
-            directions=directions,
+            directions=self.directions,
             load_if_exists=True,
         )
-        self._describe(directions)
+        self._describe()
         self.distributions = {axis.key: axis.distribution() for axis in about.axes}
         self.token = uuid.uuid4().hex
         self._id = storage.get_study_id_from_name(about.name)
@@ -96,14 +99,14 @@ class Study:
     def _direction(self, objective: str) -> Direction:
         return "maximize" if objective == "quality" and self.about.maximise else "minimize"
 
-    def _describe(self, directions: Sequence[str]) -> None:
+    def _describe(self) -> None:
         about, config = self.about, self.config
         wanted: dict[str, Any] = {
             "method": about.method,
             "model": about.model,
             "task": about.task,
             "metric": about.metric,
-            "direction": directions[0],
+            "direction": self.directions[0],
             "objectives": list(config.objectives),
             "axes": {axis.key: axis.to_dict() for axis in about.axes},
             "seed": config.seed,
@@ -131,8 +134,11 @@ class Study:
 
     def left(self) -> int:
         """Return how many trials nobody has asked for yet."""
-        taken = sum(counts(t) and t.state != TrialState.WAITING for t in self.trials())
-        return self.config.trials - taken
+        trials = self.trials()
+        enough = self.about.held.enough
+        if enough is not None and enough([t.user_attrs for t in trials if t.state.is_finished()]):
+            return 0
+        return self.config.trials - sum(counts(t) and t.state != TrialState.WAITING for t in trials)
 
     @property
     def done(self) -> bool:
@@ -159,8 +165,12 @@ class Study:
         return before >= self.config.trials
 
     def settings(self, trial: optuna.Trial) -> dict[str, Any]:
-        """Return the keys of a run that a trial sets."""
-        return {axis.key: axis.value(trial.params[axis.key]) for axis in self.about.axes}
+        """Return the keys of a run that a trial sets, and what its budget adds.
+
+        Raises:
+            UserError: that is not within the budget.
+        """
+        return self.about.held.complete({axis.key: axis.value(trial.params[axis.key]) for axis in self.about.axes})
 
     def report(self, trial: optuna.Trial, step: int, value: float | None) -> None:
         """Note an intermediate value of a study that seeks quality alone."""

@@ -1,4 +1,4 @@
-"""What a worker of a search does: asks for trials, trains them as packs, tells what came of them, until all are done."""
+"""What a worker of a search does: asks for trials, trains them as packs and tells what came of them."""
 
 from __future__ import annotations
 
@@ -106,9 +106,14 @@ class Worker:
     """One process at work on a search; others may work on the same studies."""
 
     def __init__(
-        self, prepared: Prepared, quiet: bool = False, tell: Callable[[str], None] = lambda line: None
+        self,
+        prepared: Prepared,
+        quiet: bool = False,
+        alone: bool = True,
+        tell: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.prepared, self.quiet, self.tell = prepared, quiet, tell
+        """Open the studies; a worker that is not `alone` on its terminal writes lines."""
+        self.prepared, self.quiet, self.alone, self.tell = prepared, quiet, alone, tell
         self.studies = open_studies(prepared)
         self.store = Store(prepared.folder, prepared.sweep.retry_failed)
         self.fit = self._fit()
@@ -170,7 +175,7 @@ class Worker:
         while waiting:
             wanted = [specs[run_id] for run_id in waiting]
             groups = self._groups(wanted)
-            with progress.display(groups, self.quiet) as listener:
+            with progress.display(groups, self.quiet, self.alone) as listener:
                 for group in groups:
                     self._train_group(group, waiting, listener)
                     self._tell(waiting)
@@ -268,4 +273,4 @@ def values_of(record: Mapping[str, Any], objectives: Sequence[str]) -> list[floa
         "memory": (cost.get("memory") or {}).get("peak"),
         "time": None if step is None else step * steps,
     }
-    return [None if known[name] is None else float(known[name]) for name in objectives]
+    return [None if (value := known[name]) is None else float(value) for name in objectives]

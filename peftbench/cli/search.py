@@ -1,0 +1,165 @@
+"""``search``: hyperparameters by Optuna, trials side by side."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from peftbench.cli.sweep import interruptible, show_table
+from peftbench.sweep import say
+
+if TYPE_CHECKING:
+    from peftbench.search.prepare import Prepared
+    from peftbench.search.studies import Study
+
+HELP = """\
+Search hyperparameters: one Optuna study a method, whose trials train side by side as a sweep's runs do.
+
+examples:
+  python -m peftbench search model=minilm-l6 task=rte method=lora,dora,ia3 search.trials=32
+  python -m peftbench search task=rte method=lora search.space=learning_rate search.sampler=gp search.seed=1
+  python -m peftbench search task=rte method=lora 'train.learning_rate=tag(log,interval(1e-4,1e-2))' method.rank=4,8,16
+  python -m peftbench search task=rte method=lora search.pruner=successive_halving train.evaluate_every=40
+  python -m peftbench search task=rte method=lora,vera search.objectives=quality,adapter_parameters search.sampler=nsga2
+  python -m peftbench search task=rte method=lora search.workers=4 search.storage=postgresql://user@host/optuna
+
+search.trials=32           of each method
+search.space=default       a file in conf/search (default, small, learning_rate), or the path of one
+search.sampler=tpe         gp, nsga2, random, grid
+search.pruner=none         successive_halving, hyperband, median: ends runs early by their validation metric
+search.objectives=quality  several of quality (on validation), adapter_parameters, memory, time
+search.batch=auto          trials asked for at once and trained side by side: 8, or fewer with many workers
+search.seed=0              of the sampler
+search.storage=sqlite      journal, or a database's URL; the first two are files of the results folder
+search.workers=1           processes on this machine; the same command started several times works too
+search.heartbeat=60        seconds between signs of life of workers
+
+The other keys are those of sweep (python -m peftbench sweep --help). A key given one value is fixed, one of method.* or
+train.* given several is searched over these. Records go to <results>/<sweep.name>/runs, the best configurations to
+<results>/<sweep.name>/search/best-<method>.yaml, which sweep experiment=<file> runs again. Interrupt at any time; the
+same command goes on, and with a larger search.trials adds to what is there.
+exit code: 0 all trials are done, 1 some failed or none completed, 2 bad input, 130 interrupted"""
+
+
+def search(arguments: Sequence[str], quiet: bool = False) -> int:
+    """Search; returns the exit code.
+
+    Raises:
+        UserError: something keeps a trial from running.
+    """
+    from peftbench.search.prepare import prepare
+
+    prepared = prepare(arguments)
+    if not quiet:
+        for line in prepared.lines:
+            say(line)
+    code = interruptible(lambda: _work(prepared, arguments, quiet), lambda: prepared.folder)
+    return 130 if code is None else code
+
+
+def _work(prepared: "Prepared", arguments: Sequence[str], quiet: bool) -> int:
+    from peftbench.search.work import Worker, open_studies
+
+    if prepared.config.workers > 1:
+        _processes(prepared.config.workers, arguments, quiet)
+        return finish(prepared, open_studies(prepared), quiet)
+    worker = Worker(prepared, quiet, tell=(lambda line: None) if quiet else say)
+    worker.work()
+    return finish(prepared, worker.studies, quiet)
+
+
+def _processes(count: int, arguments: Sequence[str], quiet: bool) -> None:
+    """Have processes of this machine work on the search until all are done."""
+    variables = dict(os.environ)
+    threads = max(1, len(os.sched_getaffinity(0)) // count)
+    variables.setdefault("OMP_NUM_THREADS", str(threads))
+    command = [sys.executable, "-m", "peftbench.search", *arguments, *(["--quiet"] if quiet else [])]
+    workers = [subprocess.Popen(command, env=variables) for _ in range(count)]
+    try:
+        for number, worker in enumerate(workers):
+            code = worker.wait()
+            if code < 0:
+                say(f"worker {number + 1} was ended by signal {-code}")
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.terminate()
+        for worker in workers:
+            worker.wait()
+
+
+def finish(prepared: "Prepared", studies: Sequence["Study"], quiet: bool) -> int:
+    """Write the best configurations, show them, and say what is missing; returns the exit code."""
+    from peftbench.search.best import write_best
+    from peftbench.search.storage import described
+
+    files = [write_best(prepared, study, point) for study, point in zip(studies, prepared.points, strict=True)]
+    if not quiet:
+        _show(studies)
+    for study, file in zip(studies, files, strict=True):
+        print(f"best of {study.about.name}: {file or 'no trial completed'}")
+    print(f"studies: {described(prepared.config.storage, prepared.folder)}")
+    missing = {study.about.name: left for study in studies if (left := _missing(study))}
+    for name, left in missing.items():
+        say(f"{name}: {left} trials are missing; the same command goes on")
+    bad = _complain(studies)
+    return 1 if bad or missing or None in files else 0
+
+
+def _missing(study: "Study") -> int:
+    from optuna.trial import TrialState
+
+    from peftbench.search.studies import counts
+
+    ended = sum(counts(t) and t.state.is_finished() for t in study.trials() if t.state != TrialState.WAITING)
+    return max(0, study.config.trials - ended)
+
+
+def _statuses(study: "Study") -> Counter[str]:
+    from peftbench.search.studies import LOST
+
+    found = [str(t.user_attrs.get("status")) for t in study.trials() if t.state.is_finished()]
+    return Counter(status for status in found if status != LOST)
+
+
+def _complain(studies: Sequence["Study"]) -> int:
+    """Say which trials failed and why; returns how many."""
+    bad = 0
+    for study in studies:
+        for trial in study.trials():
+            status = str(trial.user_attrs.get("status"))
+            if trial.state.is_finished() and status in ("failed", "out_of_memory", "refused"):
+                bad += 1
+                reason = f": {error}" if (error := trial.user_attrs.get("error")) else ""
+                say(f"{study.about.name} trial {trial.number}: {status.replace('_', ' ')}{reason}")
+    return bad
+
+
+def _show(studies: Sequence["Study"]) -> None:
+    import pandas as pd
+
+    from peftbench.analysis.studies import short_name, value_text
+    from peftbench.analysis.tables import Table
+    from peftbench.search.best import best_trials, objective_name
+
+    first = studies[0]
+    headers = [*(objective_name(first, i) for i in range(len(first.config.objectives))), "trial", "trials", "settings"]
+    rows = []
+    for study in studies:
+        counted = ", ".join(f"{n} {status.replace('_', ' ')}" for status, n in _statuses(study).most_common())
+        for trial in best_trials(study):
+            settings = " ".join(f"{short_name(key)}={value_text(v)}" for key, v in trial.params.items())
+            values = [f"{value:.4g}" for value in trial.values]
+            names = [study.about.method, study.about.task, study.about.model]
+            rows.append([*names, *values, str(trial.number), counted, settings])
+    if not rows:
+        return
+    headers = ["method", "task", "model", *headers]
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    show_table(Table("search", "Best trials", headers, rows, pd.DataFrame(rows), text_columns=3), console)
