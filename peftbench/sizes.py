@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,27 +120,30 @@ class Solver:
         """Whether a count is within the tolerance."""
         return solved.off(self.target) <= self.tolerance
 
-    def solve(self, point: Point) -> Solved:
+    def solve(self, point: Point, settings: Sequence[str] = SIZES) -> Solved:
         """Return the size at which the method of `point` trains a number of parameters closest to the target.
 
-        Its settings of `SIZES` are solved for one at a time, the others as `point` has them: the first that brings a
-        match is taken, else the closest of all.
+        Those of its settings that are in `settings` are solved for one at a time, the others as `point` has them: the
+        first that brings a match is taken, else the closest of all. Without one it is told by its count.
 
         Raises:
             UserError: the method does not fit the model at any size.
         """
-        key = canonical({k: v for k, v in point.items() if k.partition(".")[0] in ("model", "method", "task")})
+        about = {k: v for k, v in point.items() if k.partition(".")[0] in ("model", "method", "task")}
+        key = canonical([about, list(settings)])
         if key not in self._known:
             found = []
-            for solved in self._sizes(point):
+            for solved in self._sizes(point, settings):
                 found.append(solved)
                 if self.matches(solved):
                     break
+            if not found:
+                raise UserError(f"method={point['method']}: no value of {', '.join(settings)} fits {point['model']}")
             self._known[key] = min(found, key=lambda s: s.off(self.target))
         return self._known[key]
 
-    def _sizes(self, point: Point) -> Iterator[Solved]:
-        """Give what each setting of `SIZES` can bring that changes the count."""
+    def _sizes(self, point: Point, settings: Sequence[str]) -> Iterator[Solved]:
+        """Give what each of `settings` can bring that changes the count."""
         spec, task = self._sketch(point)
         model = self.resolver.shapes(build(ModelConfig, spec.model, "model"), task.formulation)
 
@@ -153,7 +156,7 @@ class Solver:
                 return None
 
         fixed = count({})
-        for name in SIZES:
+        for name in settings:
             value = spec.method.get(name)
             if not isinstance(value, int) or isinstance(value, bool):
                 continue

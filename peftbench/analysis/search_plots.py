@@ -40,7 +40,7 @@ MOST_PANELS = 18
 OBJECTIVES = {
     "adapter_parameters": ("adapter parameters", "count"),
     "memory": ("peak memory", "bytes"),
-    "time": ("training step", "seconds"),
+    "time": ("training time", "seconds"),
 }
 """How costs that are objectives are written, and their units."""
 

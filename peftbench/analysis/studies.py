@@ -14,6 +14,7 @@ from peftbench.analysis.frame import Record, dig, number
 EDGE = 0.05
 """Share of a range, from each of its ends, that counts as its edge; of a logarithmic one in logarithms."""
 COMPLETE, PRUNED, FAILED, OPEN = "complete", "pruned", "failed", "open"
+"""A trial that diverged or could not run is failed, one that nobody has finished is open."""
 FEWEST = 8
 """Complete trials below which no importance is computed."""
 
@@ -192,7 +193,7 @@ def of_optuna(study: Any) -> Study:
         objectives=tuple(map(str, names)) if len(names) == len(directions) else _numbered(len(directions)),
         maximise=tuple(directions),
         space=space,
-        trials=tuple(_trial(t) for t in trials),
+        trials=tuple(_trial(t) for t in trials if t.user_attrs.get("status") != LOST),
         about=about,
     )
 
@@ -208,11 +209,15 @@ def _range(distribution: Any) -> Range:
     return Range(float(distribution.low), float(distribution.high), bool(distribution.log), whole)
 
 
+LOST = "lost"
+"""The status of a trial that another one stands in for, as its worker was gone."""
 STATES = {"COMPLETE": COMPLETE, "PRUNED": PRUNED, "FAIL": FAILED, "RUNNING": OPEN, "WAITING": OPEN}
 
 
 def _trial(trial: Any) -> Trial:
     state = STATES[trial.state.name]
+    if state == PRUNED and trial.user_attrs.get("status", "pruned") != "pruned":
+        state = FAILED  # to samplers a run that diverged is as bad as one that was pruned
     # a trial's value may be infinite or missing: only finite ones say anything
     values = trial.values if state == COMPLETE and trial.values and all(map(math.isfinite, trial.values)) else None
     attributes = trial.user_attrs
