@@ -74,7 +74,8 @@ def run_pack(
                 attempts[:0] = [(part, size, too_many) for part in apart]
                 continue
             for outcome in outcomes:
-                about = _about(outcome, pack, size, too_many, seconds)
+                share = clock.share(pack[outcome.run].run_id, len(pack))
+                about = _about(outcome, pack, size, too_many, seconds, share)
                 search = None if watch is None else watch.about(pack[outcome.run])
                 records[pack[outcome.run].run_id] = _record(outcome, pack, costs, about, search, store, listener)
     return [records[spec.run_id] for spec in specs]
@@ -136,18 +137,23 @@ def _attempt(
 
 
 def _about(
-    outcome: Outcome, pack: Sequence[RunSpec], size: int, too_many: tuple[int, ...], seconds: dict[str, float]
+    outcome: Outcome,
+    pack: Sequence[RunSpec],
+    size: int,
+    too_many: tuple[int, ...],
+    seconds: dict[str, float],
+    share: float,
 ) -> dict[str, Any]:
     """Return what a record says of the pack.
 
     `too_many` are the numbers of runs side by side that did not fit, `seconds` what each phase took until this run was
-    done.
+    done, `share` its own part of that.
     """
     about: dict[str, Any] = {"size": size, "index": outcome.run, "seconds": seconds}
     if len(pack) > size:
         about["runs"] = len(pack)
     if len(pack) > size or len(outcome.stretches) > 1:
-        about["stretches"] = outcome.stretches
+        about |= {"stretches": outcome.stretches, "share_seconds": share}
     return about | ({"out_of_memory_at": list(too_many)} if too_many else {})
 
 

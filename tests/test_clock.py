@@ -43,6 +43,35 @@ def test_queued_work_counts_for_the_phase_that_queued_it(monkeypatch: pytest.Mon
     assert ears.heard == ["load", "train", "evaluate", "train", "a line"]
 
 
+class Named:
+    def __init__(self, run_id: str) -> None:
+        self.run_id = run_id
+
+
+def test_runs_side_by_side_share_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three runs on two places: 4 s of loading for all, 10 s for a and b, then 6 s for b and c, 3 s for c alone."""
+    time = Time()
+    monkeypatch.setattr("peftbench.clock.time.perf_counter", lambda: time.now)
+    clock: Any = Clock(Ears())
+
+    def spend(phase: str, seconds: float) -> None:
+        clock.phase(phase)
+        time.now += seconds
+
+    spend("load", 3.0)
+    spend("profile", 100.0)  # measured for others too
+    spend("load", 1.0)
+    for members, seconds in (("ab", 10.0), ("bc", 6.0), ("c", 3.0)):
+        clock.members([Named(name) for name in members])
+        spend("train", seconds)
+        clock.seconds()
+        if members == "ab":
+            assert clock.share("a", 3) == pytest.approx(4 / 3 + 5, abs=1e-3)
+    assert clock.share("b", 3) == pytest.approx(4 / 3 + 5 + 3, abs=1e-3)
+    assert clock.share("c", 3) == pytest.approx(4 / 3 + 3 + 3, abs=1e-3)
+    assert sum(clock.share(name, 3) for name in "abc") == pytest.approx(4 + 10 + 6 + 3, abs=1e-3)
+
+
 def test_a_record_says_what_each_phase_of_its_pack_took(tmp_path: Path) -> None:
     from peftbench.run import run_pack
     from peftbench.store import Store

@@ -37,24 +37,17 @@ class Charge:
 
 
 def seconds(record: Record) -> float | None:
-    """Return a run's share of the time that its pack took until it was done; None where records do not tell.
+    """Return a run's share of its pack's time; None where the record does not tell.
 
-    Of each stretch a run is charged its steps' share of that time, divided by how many runs shared the stretch; without
-    stretches the whole time over the pack's size. Measuring cost is not charged. Of a run that waited for a place the
-    time it waited is counted in, which makes its charge too high.
+    Where others came and went the record has it, as runs that trained side by side shared each stretch; else it is the
+    whole time over the pack's size. Measuring cost is not in it.
     """
+    share = number(dig(record, ("pack", "share_seconds")))
     phases = dig(record, ("pack", "seconds"))
-    if not isinstance(phases, Mapping):
-        return None
+    if share is not None or not isinstance(phases, Mapping):
+        return share
     whole = sum(float(v) for name, v in phases.items() if name not in UNCHARGED)
-    size = number(dig(record, ("pack", "size"))) or 1.0
-    stretches = dig(record, ("pack", "stretches")) or []
-    done = steps(record)
-    if len(stretches) < 2 or not done:
-        return whole / (float(stretches[0]["runs"]) if stretches else size)
-    starts = [int(s["step"]) for s in stretches]
-    made = [after - before for before, after in zip(starts, [*starts[1:], done], strict=True)]
-    return sum(whole * part / done / float(s["runs"]) for part, s in zip(made, stretches, strict=True))
+    return whole / (number(dig(record, ("pack", "size"))) or 1.0)
 
 
 def steps(record: Record) -> int:
