@@ -41,7 +41,7 @@ def write_best(prepared: Prepared, study: Study, point: Mapping[str, Any]) -> Pa
     if not best:
         return None
     path = prepared.folder / FOLDER / best_file(study.about, prepared.abouts)
-    settings = [{axis.key: axis.value(t.params[axis.key]) for axis in study.about.axes} for t in best]
+    settings = [study.settings(t) for t in best]
     common = {k: v for k, v in point.items() if k != "method" and (k, v) != ("profile", "skip")}
     content = {
         "question": _question(study, best),
@@ -82,7 +82,7 @@ def _question(study: Study, best: Sequence[FrozenTrial]) -> str:
     else:
         shown = ", ".join(str(t.number) for t in best)
         what = f"those that none beats in {' and '.join(config.objectives)}, trials {shown}"
-    text = f"Of {config.trials} trials of {about.method} by {config.sampler} with seed {config.seed}: {what}."
+    text = f"Of {min(config.trials, len(study.trials()))} trials of {about.method} by {config.sampler} with seed {config.seed}: {what}."
     return textwrap.shorten(text, 400)
 
 

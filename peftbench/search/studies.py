@@ -164,7 +164,7 @@ class Study:
         before = sum(counts(t) and t.state != TrialState.WAITING and t.number < number for t in self.trials())
         return before >= self.config.trials
 
-    def settings(self, trial: optuna.Trial) -> dict[str, Any]:
+    def settings(self, trial: optuna.Trial | FrozenTrial) -> dict[str, Any]:
         """Return the keys of a run that a trial sets, and what its budget adds.
 
         Raises:

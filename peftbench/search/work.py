@@ -12,6 +12,7 @@ import optuna
 from optuna.trial import TrialState
 
 from peftbench import environment, progress
+from peftbench.analysis import tuning
 from peftbench.errors import UserError
 from peftbench.plan import Group
 from peftbench.record import RunSpec
@@ -253,10 +254,7 @@ class Worker:
 
 def spent(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the optimizer steps that a run made, and its share of the seconds that its pack took until it was done."""
-    pack, trace = record.get("pack") or {}, record.get("trace") or {}
-    seconds = pack.get("seconds") or {}
-    share = sum(seconds.values()) / max(1, int(pack.get("size") or 1)) if seconds else None
-    return {"seconds": share, "step": len(trace.get("loss") or [])}
+    return {"seconds": tuning.seconds(record), "step": tuning.steps(record)}
 
 
 def values_of(record: Mapping[str, Any], objectives: Sequence[str]) -> list[float | None]:
