@@ -1,4 +1,4 @@
-"""The commands: ``python -m peftbench sweep|run|search|report|profile|estimate|verify|methods|models|tasks|doctor``."""
+"""The commands: ``python -m peftbench sweep|run|search|report|profile|estimate|verify|reproduce|methods|models|…``."""
 
 import argparse
 import os
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import peftbench
-from peftbench.cli import doctor, estimate, lists, profile, report, search, sweep, verify
+from peftbench.cli import doctor, estimate, lists, profile, report, reproduce, search, sweep, verify
 from peftbench.environment import COMMAND
 from peftbench.errors import UserError, nearest
 
@@ -20,6 +20,7 @@ COMMANDS = {
     "profile": ("measure one configuration, with traces", profile.HELP),
     "estimate": ("predict cost and what fits into a GPU", estimate.HELP),
     "verify": ("compare methods with reference implementations", verify.HELP),
+    "reproduce": ("published figures beside ours", reproduce.HELP),
     "methods": ("list the methods", lists.METHODS_HELP),
     "models": ("list the models", lists.MODELS_HELP),
     "tasks": ("list the tasks", lists.TASKS_HELP),
@@ -66,6 +67,16 @@ def parser() -> Parser:
             )
             one.add_argument("--json", action="store_true", help="machine-readable")
             one.add_argument("--write", action="store_true", help="keep the results in the package")
+        if name == "reproduce":
+            one.add_argument("names", nargs="*", metavar="name", help="a paper, a row, counts, claims or all")
+            one.add_argument("--results", action="append", metavar="folder", help="may be repeated; default: results")
+            one.add_argument("--list", action="store_true", help="what there is")
+            one.add_argument("--run", action="store_true", help="train the paper's experiment, its cost printed first")
+            one.add_argument("--cost", action="store_true", help="print that cost alone")
+            one.add_argument("--rate", type=float, metavar="FLOP/s", help="what a GPU is taken to sustain")
+            forms = one.add_mutually_exclusive_group()
+            for form in ("json", "markdown", "latex"):
+                forms.add_argument(f"--{form}", action="store_const", const=form, dest="form", default="table")
         if name == "report":
             one.add_argument("folder", help="<results>/<sweep.name>")
             one.add_argument("--consolidate", action="store_true", help="also write all records to records.jsonl.gz")
@@ -103,6 +114,16 @@ def dispatch(arguments: Sequence[str]) -> int:
         return estimate.estimate([*given.overrides, *rest], given.vram, given.fit, given.json)
     if given.command == "verify":
         return verify.verify(given.methods, given.against, given.model, given.json, given.write)
+    if given.command == "reproduce":
+        return reproduce.reproduce(
+            given.names,
+            results=given.results,
+            listed=given.list,
+            run=given.run,
+            cost=given.cost,
+            rate=given.rate,
+            form=given.form,
+        )
     if given.command == "doctor":
         return doctor.doctor()
     if given.command == "methods":

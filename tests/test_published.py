@@ -91,6 +91,7 @@ def test_protocols_belong_to_rows_and_use_known_words():
         assert any(i.startswith(p.prefix) for i in ids), p.prefix
         assert p.selection in published.SELECTIONS
         assert p.statistic in published.STATISTICS
+        assert p.spread in published.SPREADS
         assert p.start in ("", "none") or p.starts_from(p.start.partition(": ")[2].split()[0]) == "mnli"
 
 

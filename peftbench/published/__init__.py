@@ -22,6 +22,7 @@ CONFIDENCES = ("high", "medium", "low")
 SELECTIONS = ("", "best on the reported split", "held out", "last")
 """Which step a score is taken at, and on what data that was decided; empty: not stated."""
 STATISTICS = ("", "mean", "median")
+SPREADS = ("", "standard error", "interquartile range")
 SPLITS = ("", "validation", "half of validation", "test", "test server")
 
 
@@ -53,7 +54,8 @@ class Paper:
 class Metric:
     """A reported metric: its unit, what records call it, and when two values of it count as equal.
 
-    `ours` may join metrics: "a+b" is their mean, "a|b" either of them (the source does not say which). Reported =
+    `ours` may join metrics: "a+b" is their mean, "a|b" either of them (the source does not say which), "a@p+q" the mean
+    over two parts of the data. Reported =
     `factor` · ours. `better` is "higher", "lower" or empty. `tolerance` is in the unit reported, with the `reason`.
     """
 
@@ -70,13 +72,15 @@ class Metric:
 class Protocol:
     """What is known of how rows were obtained; empty where the source does not say.
 
-    `start` is "none", or what weights or adapters some tasks start from: "mnli: mrpc rte stsb".
+    `spread` is what the column `std` holds: a standard deviation over seeds where nothing else is said. `start` is
+    "none", or what weights or adapters some tasks start from: "mnli: mrpc rte stsb".
     """
 
     prefix: str = ""
     selection: str = ""
     statistic: str = ""
     start: str = ""
+    spread: str = ""
     note: str = ""
 
     def starts_from(self, task: str) -> str:
@@ -160,6 +164,7 @@ class Value:
                 "selection": self.protocol.selection,
                 "statistic": self.protocol.statistic,
                 "start": self.protocol.start,
+                "spread": self.protocol.spread,
                 "note": self.protocol.note,
             },
         }
@@ -280,3 +285,38 @@ def chosen(names: list[str]) -> list[Value]:
             raise UserError(f"{name}: no such paper or row{near} (python -m peftbench reproduce --list lists them)")
         found.update((v.id, v) for v in fits)
     return list(found.values())
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of a paper that is no figure: what is said, which rule judges it, and by which experiment here.
+
+    The rule and its settings are the criterion, written down before any run.
+    """
+
+    id: str
+    paper: Paper
+    rows: tuple[str, ...]
+    statement: str
+    experiment: str
+    rule: str
+    settings: dict[str, Any] = field(hash=False)
+    models: str
+
+
+@functools.cache
+def claims() -> dict[str, Claim]:
+    """Return id → claim."""
+    return {
+        r["claim"]: Claim(
+            r["claim"],
+            papers()[r["paper"]],
+            tuple(r["rows"].split()),
+            r["statement"],
+            r["experiment"],
+            r["rule"],
+            json.loads(r["settings"]),
+            r["models"],
+        )
+        for r in table("claims")
+    }

@@ -1,0 +1,156 @@
+"""``reproduce``: published figures beside ours, with a verdict by stated rules."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from peftbench.cli.sweep import show_table
+from peftbench.errors import UserError
+from peftbench.sweep import say
+
+HELP = """\
+Compare published figures with records here. Every verdict names the records that it rests on; without one a row says
+what a run would take.
+
+examples:
+  python -m peftbench reproduce --list
+  python -m peftbench reproduce minilm
+  python -m peftbench reproduce lora-t2-roberta-base-lora- --results results/reproduce-lora
+  python -m peftbench reproduce all --json
+  python -m peftbench reproduce counts
+  python -m peftbench reproduce counts roberta-base --markdown
+  python -m peftbench reproduce claims
+  python -m peftbench reproduce lora --run
+
+names:  a paper's key, a row's id, the beginning of ids that ends in "-", all;
+        or counts (parameter counts, rebuilt from shapes) and claims (orderings and ratios)
+--list       the papers and their number of rows; of a paper, its rows
+--run        train experiments/reproduce-<paper>, after its cost has been printed
+--cost       print that cost alone
+--results    a folder of sweeps, or of one; may be repeated (default: results)
+--markdown, --latex, --json   the same as a page, a LaTeX table, plain data
+exit code: 0 whatever the verdicts, 1 where a run failed, 2 bad input"""
+
+DEFAULT_RESULTS = "results"
+
+
+def reproduce(
+    names: Sequence[str],
+    *,
+    results: Sequence[str] | None = None,
+    listed: bool = False,
+    run: bool = False,
+    cost: bool = False,
+    rate: float | None = None,
+    form: str = "table",
+) -> int:
+    """Print what is asked for; returns the exit code.
+
+    Args:
+        form: table, json, markdown or latex.
+
+    Raises:
+        UserError: a name that fits nothing, or `run` without one paper that has an experiment.
+    """
+    asked = list(names)
+    kind = asked[0] if asked and asked[0] in ("counts", "claims") else "values"
+    if run or cost:
+        return _run(asked, run, rate, form)
+    if kind == "counts":
+        return _counts(asked[1:], form)
+    if kind == "claims":
+        if len(asked) > 1:
+            raise UserError(f"{asked[1]}: claims takes no further name")
+        return _claims(results, form)
+    return _values(asked, results, listed, form)
+
+
+def _configurations(results: Sequence[str] | None) -> list[Any]:
+    from peftbench.reproduce.records import configurations
+
+    if results:
+        return configurations(results, say)
+    return configurations([DEFAULT_RESULTS], lambda line: None) if Path(DEFAULT_RESULTS).is_dir() else []
+
+
+def _values(names: list[str], results: Sequence[str] | None, listed: bool, form: str) -> int:
+    from peftbench import published
+    from peftbench.reproduce import pages
+
+    rows = published.chosen(names)
+    if listed and not names:
+        return _print(pages.list_table(rows), [{"paper": p.key, "citation": p.citation} for p in _papers(rows)], form)
+    if listed:
+        plain = [{"id": row.id, "published": row.to_dict()} for row in rows]
+        return _print(pages.values_table(pages.judged(rows, []), "Published figures"), plain, form)
+    found = pages.judged(rows, _configurations(results))
+    table = pages.values_table(found, "Published figures and ours")
+    return _print(table, [one.to_dict() for one in found], form, after=pages.bibliography(rows))
+
+
+def _papers(rows: Sequence[Any]) -> list[Any]:
+    return list({row.paper.key: row.paper for row in rows}.values())
+
+
+def _counts(names: list[str], form: str) -> int:
+    from peftbench.reproduce import counts, pages
+
+    found = counts.rebuild_all(names)
+    rules = sorted({rule for r in found for rule in r.rules})
+    after = "\n".join(f"- *{rule}*: {counts.RULES[rule]}" for rule in rules)
+    return _print(pages.counts_table(found), [r.to_dict() for r in found], form, after=after, always=True)
+
+
+def _claims(results: Sequence[str] | None, form: str) -> int:
+    from peftbench.reproduce import pages
+
+    table, plain = pages.claims_table(_configurations(results))
+    return _print(table, plain, form)
+
+
+def _print(table: Any, plain: list[dict[str, Any]], form: str, after: str = "", always: bool = False) -> int:
+    from peftbench.analysis.tables import to_latex, to_markdown
+
+    if form == "json":
+        print(json.dumps(plain, indent=1, ensure_ascii=False))
+    elif form == "latex":
+        print(to_latex(table))
+    elif form == "markdown":
+        print(f"# {table.title}\n\n{to_markdown(table)}" + (f"\n\n{after}" if after else ""))
+    else:
+        console = Console()
+        show_table(table, console if console.is_terminal else Console(width=220))
+        if after and always:
+            print(after)
+    return 0
+
+
+def _run(names: list[str], run: bool, rate: float | None, form: str) -> int:
+    from peftbench import published, registry
+    from peftbench.reproduce.budget import RATE
+    from peftbench.reproduce.budget import cost as cost_of
+
+    known = registry.experiments()
+    if len(names) != 1:
+        raise UserError(f"{'--run' if run else '--cost'}: expected one paper, row or claim, this is {len(names)}")
+    name = names[0]
+    claim = published.claims().get(name)
+    experiment = claim.experiment if claim is not None else f"reproduce-{published.chosen([name])[0].paper.key}"
+    if experiment not in known:
+        ready = ", ".join(n.removeprefix("reproduce-") for n in known if n.startswith("reproduce-"))
+        raise UserError(f"{name}: there is no experiment {experiment} to run (there is one for {ready})")
+    estimated = cost_of(experiment, RATE if rate is None else rate)
+    if form == "json" and not run:
+        print(json.dumps(estimated.to_dict(), indent=1))
+        return 0
+    for line in estimated.lines():
+        print(line, file=sys.stderr if run else sys.stdout, flush=True)
+    if not run:
+        return 0
+    from peftbench.cli.sweep import sweep
+
+    return sweep([f"experiment={experiment}"])

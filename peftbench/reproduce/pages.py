@@ -1,0 +1,187 @@
+"""Judged rows as tables, plain data, Markdown and LaTeX."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from peftbench import published, registry
+from peftbench.analysis.tables import MISSING, Table
+from peftbench.published import Claim, Value
+from peftbench.reproduce import claims, verdicts
+from peftbench.reproduce.records import Configuration, best_answer
+from peftbench.reproduce.verdicts import NOT_RUN, VERDICTS, Difference, Measured, Verdict, judge
+
+if TYPE_CHECKING:
+    from peftbench.reproduce.counts import Rebuilt
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One published row, what answers it here, how that differs, and the verdict."""
+
+    row: Value
+    measured: Measured | None
+    differences: tuple[Difference, ...]
+    verdict: Verdict
+    records: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        m, v = self.measured, self.verdict
+        ours = None if m is None else {
+            "value": m.value, "low": m.low, "high": m.high, "seeds": list(m.seeds), "statistic": _statistic(self.row),
+            "unit": self.row.metric.unit, "configuration": m.label, "folder": m.folder, "incomplete": m.incomplete,
+        }  # fmt: skip
+        return {
+            "id": self.row.id,
+            "published": self.row.to_dict(),
+            "measured": ours,
+            "verdict": v.verdict,
+            "transfer": v.transfer or None,
+            "reason": v.reason,
+            "difference": v.difference,
+            "band": v.band,
+            "differences": [
+                {"what": d.what, "published": d.published or None, "ours": d.ours, "decides": d.decides}
+                for d in self.differences
+            ],
+            "record": list(self.records) or None,
+        }
+
+
+def _statistic(row: Value) -> str:
+    return row.protocol.statistic or "mean"
+
+
+def needs(row: Value) -> list[str]:
+    """Return what a run of this row would take here."""
+    here, found = row.here, []
+    for what, name, ours in (("model", row.model, here.model), ("method", row.method, here.method)):
+        if not ours:
+            found.append(f"the {what} {name}" if name else f"a {what} that is named")
+    if not here.task:
+        found.append(f"the task {row.task}")
+    if not row.metric.ours:
+        found.append(f"the metric {row.metric.name}")
+    if found:
+        return [f"the collection lacks {', '.join(found)}"]
+    experiment = f"reproduce-{row.paper.key}"
+    if experiment in registry.experiments():
+        return [f"needs python -m peftbench sweep experiment={experiment} (weights of {row.model}, a GPU)"]
+    return [f"needs a run of {here.method} on {here.model} and {here.task}"]
+
+
+def judged(rows: Sequence[Value], found: Sequence[Configuration]) -> list[Judged]:
+    """Judge every row by the records found."""
+    spoken: Mapping[str, Claim] = {row: claim for claim in published.claims().values() for row in claim.rows}
+    results = []
+    for row in rows:
+        if row.id in spoken:
+            verdict, records = claims.judge(spoken[row.id], found)
+            results.append(Judged(row, None, (), verdict, records))
+            continue
+        measured, differences = best_answer(row, found)
+        verdict = judge(row, measured, differences, needs(row))
+        records = () if measured is None else measured.records
+        assert records or verdict.verdict == NOT_RUN
+        results.append(Judged(row, measured, tuple(differences), verdict, records))
+    return results
+
+
+def number(value: float | None, like: str = "") -> str:
+    """Return a number with two decimals, or as many as `like` has."""
+    if value is None:
+        return MISSING
+    _, _, digits = like.partition(".")
+    return f"{value:.{max(len(digits), 2) if digits.isdigit() else 2}f}"
+
+
+def _cells(one: Judged) -> list[str]:
+    row, m = one.row, one.measured
+    theirs = row.value + (f" ± {row.std:g}" if row.std is not None else "")
+    ours = MISSING if m is None else number(m.value, row.value)
+    if m is not None and m.low is not None and m.high is not None:
+        ours += f" [{number(m.low, row.value)}, {number(m.high, row.value)}]"
+    return [row.id, row.metric.unit, theirs, ours, str(one.verdict), one.verdict.reason]
+
+
+def values_table(results: Sequence[Judged], title: str) -> Table:
+    """Return judged rows as a table; each verdict's number of rows stands below it."""
+    headers = ["row", "unit", "published", "ours", "verdict", "reason"]
+    raw = pd.DataFrame([_raw(one) for one in results])
+    counted = Counter(one.verdict.verdict for one in results)
+    summary = ", ".join(f"{counted[v]} {v}" for v in VERDICTS if counted[v])
+    return Table("reproduce", title, headers, [_cells(one) for one in results], raw, 6, [f"{len(results)}: {summary}"])
+
+
+def _raw(one: Judged) -> dict[str, Any]:
+    m = one.measured
+    return {
+        "id": one.row.id,
+        "published": one.row.number,
+        "published_std": one.row.std,
+        "ours": None if m is None else m.value,
+        "ours_low": None if m is None else m.low,
+        "ours_high": None if m is None else m.high,
+        "verdict": one.verdict.verdict,
+        "records": " ".join(one.records),
+    }
+
+
+def claims_table(found: Sequence[Configuration]) -> tuple[Table, list[dict[str, Any]]]:
+    """Return all claims judged, as a table and as plain data."""
+    rows, plain = [], []
+    for claim in published.claims().values():
+        verdict, records = claims.judge(claim, found)
+        rows.append([claim.id, claim.statement, str(verdict), verdict.reason])
+        plain.append({
+            "id": claim.id, "published": {"paper": claim.paper.key, "citation": claim.paper.citation,
+            "statement": claim.statement, "models": claim.models, "rows": list(claim.rows)},
+            "measured": {"rule": claim.rule, "criterion": claim.settings, "experiment": claim.experiment},
+            "verdict": verdict.verdict, "transfer": verdict.transfer or None, "reason": verdict.reason,
+            "record": list(records) or None,
+        })  # fmt: skip
+    table = Table("claims", "Claims", ["claim", "statement", "verdict", "reason"], rows, pd.DataFrame(plain), 4)
+    return table, plain
+
+
+def counts_table(found: Sequence[Rebuilt]) -> Table:
+    """Return rebuilt counts as a table."""
+    rows = []
+    for r in found:
+        theirs = r.count.printed or f"{r.count.trainable:,}"
+        ours = MISSING if r.ours is None else f"{r.ours:,}"
+        rules = " ".join(f"{rule} ({n:+,})" if n else rule for rule, n in (*r.terms, *r.total_terms))
+        rows.append([r.count.id, theirs, ours, r.status, rules or MISSING, r.why or MISSING])
+    counted = Counter(r.status for r in found)
+    summary = ", ".join(f"{counted[s]} {s}" for s in ("equal", "explained", "differs", "not here") if counted[s])
+    headers = ["row", "published", "closed form", "verdict", "rules", "why"]
+    raw = pd.DataFrame([r.to_dict() for r in found])
+    return Table("counts", "Parameter counts", headers, rows, raw, 6, [f"{len(found)}: {summary}"])
+
+
+def list_table(rows: Sequence[Value]) -> Table:
+    """Return what there is: a paper a row."""
+    counted = Counter(row.paper.key for row in rows)
+    ready = registry.experiments()
+    papers = [published.papers()[key] for key in counted]
+    cells = [
+        [p.key, str(counted[p.key]), f"reproduce-{p.key}" if f"reproduce-{p.key}" in ready else MISSING, p.citation]
+        for p in papers
+    ]
+    raw = pd.DataFrame([{"paper": p.key, "rows": counted[p.key], "citation": p.citation} for p in papers])
+    return Table("papers", "Published figures", ["paper", "rows", "experiment", "citation"], cells, raw, 4)
+
+
+def bibliography(rows: Sequence[Value]) -> str:
+    """Return the citations of the rows' papers as a Markdown list."""
+    keys = dict.fromkeys(row.paper.key for row in rows)
+    return "\n".join(f"- **{key}**: {published.papers()[key].citation}" for key in keys)
+
+
+__all__ = ["Judged", "bibliography", "claims_table", "counts_table", "judged", "list_table", "values_table", "verdicts"]
