@@ -13,7 +13,7 @@ from peftbench.analysis.plots import save
 from peftbench.analysis.search_report import read_studies, write_search_report
 from peftbench.analysis.studies import Range, Study, Trial, importance, of_optuna, of_records
 from peftbench.analysis.tables import to_markdown
-from peftbench.analysis.tuning import charge, seconds, tuning
+from peftbench.analysis.tuning import charge, filling, seconds, tuning
 from tests.test_analysis import make_record
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -233,17 +233,30 @@ def test_seconds_are_shares_of_a_pack():
 
 
 def test_charges_follow_from_the_record():
-    """4 steps of 32 rows: 64 tokens each in the measured shape, of which 1500 of 2048 are real."""
-    found = charge(run("a", size=2, seconds={"train": 3.0}))
+    """4 steps of 32 rows of 64 tokens, of which 1500 of 2048 are real."""
+    record = run("a", size=2, seconds={"train": 3.0})
+    record["spec"]["train"]["max_length"] = 64
+    shares = filling([record])
+    found = charge(record, shares)
     assert found.steps == 4
     assert found.tokens == pytest.approx(4 * 32 * 64 * 1500 / 2048)
     assert found.seconds == pytest.approx(1.5)
     assert found.joules is None
-    record = run("a", size=1, seconds={"train": 3.0})
+    assert found.flops == pytest.approx(4 * 32 * 64 * 9.1e7)
     record["cost"]["energy_joules_per_1k_tokens"] = 2.0
-    assert charge(record).joules == pytest.approx(2.0 * found.tokens / 1000)
-    record["spec"]["train"]["max_length"] = 128
-    assert charge(record).flops == pytest.approx(4 * 32 * 128 * 9.1e7)
+    assert charge(record, shares).joules == pytest.approx(2.0 * found.tokens / 1000)
+
+
+def test_how_full_batches_are_is_known_from_another_run_on_the_same_texts():
+    measured, plain, other = (run(name, size=1, seconds={"train": 3.0}) for name in "abc")
+    other["spec"]["task"]["name"] = "mrpc"
+    for record in (measured, plain, other):
+        record["spec"]["train"]["max_length"] = 64
+    plain["cost"] = other["cost"] = {"adapter_parameters": 5}
+    shares = filling([measured, plain, other])
+    assert charge(plain, shares).tokens == charge(measured, shares).tokens
+    assert charge(plain, shares).flops is None
+    assert charge(other, shares).tokens is None
 
 
 def test_tuning_charges_every_run_once_and_says_what_is_lost():

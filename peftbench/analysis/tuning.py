@@ -1,6 +1,6 @@
 """What a search cost: trials, steps, tokens, seconds and energy of each method, from the records of its trials."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -55,15 +55,31 @@ def steps(record: Record) -> int:
     return len(dig(record, ("trace", "loss")) or [])
 
 
-def charge(record: Record) -> Charge:
-    """Return what one run took."""
-    made, cost = steps(record), record.get("cost") or {}
-    rows, length = number(dig(record, ("spec", "train", "batch_size"))), number(dig(cost, ("shape", "length")))
-    padded, real = number(cost.get("padded_tokens_per_second")), number(cost.get("tokens_per_second"))
-    tokens = None
-    if rows is not None and length is not None and padded and real is not None:
-        tokens = made * rows * length * real / padded
-    joules = number(cost.get("energy_joules_per_1k_tokens"))
+def filling(records: Iterable[Record]) -> dict[Any, float]:
+    """Return the share of a full-length batch that is real tokens, by what it depends on: texts, tokenizer and length.
+
+    Known from any run whose cost was measured, whatever its method.
+    """
+    found = {}
+    for record in records:
+        padded, real = (number(dig(record, ("cost", f"{p}tokens_per_second"))) for p in ("padded_", ""))
+        if padded and real is not None:
+            found[_texts(record)] = real / padded
+    return found
+
+
+def _texts(record: Record) -> tuple[Any, ...]:
+    paths = (("model", "name"), ("task", "name"), ("identity", "data"), ("train", "max_length"))
+    return tuple(str(dig(record, ("spec", *path))) for path in paths)
+
+
+def charge(record: Record, shares: Mapping[Any, float]) -> Charge:
+    """Return what one run took; `shares` are those of `filling`."""
+    made = steps(record)
+    rows, length = (number(dig(record, ("spec", "train", key))) for key in ("batch_size", "max_length"))
+    share = shares.get(_texts(record))
+    tokens = None if rows is None or length is None or share is None else made * rows * length * share
+    joules = number(dig(record, ("cost", "energy_joules_per_1k_tokens")))
     return Charge(
         steps=made,
         tokens=tokens,
@@ -99,6 +115,7 @@ class Tuning:
 
 def tuning(studies: Sequence[Study], records: Mapping[str, Record]) -> list[Tuning]:
     """Return what each method's studies cost, in order of first appearance; `records` by run id."""
+    shares = filling(records.values())
     by_method: dict[str, list[Study]] = {}
     for study in studies:
         by_method.setdefault(study.method, []).append(study)
@@ -108,7 +125,7 @@ def tuning(studies: Sequence[Study], records: Mapping[str, Record]) -> list[Tuni
         known = [records[run_id] for run_id in asked if run_id in records]
         total = Charge()
         for record in known:
-            total = total + charge(record)
+            total = total + charge(record, shares)
         counts: dict[str, Any] = {state: sum(len(s.of(state)) for s in members) for state in (COMPLETE, PRUNED, FAILED)}
         found.append(
             Tuning(

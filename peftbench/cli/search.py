@@ -66,10 +66,48 @@ def _work(prepared: "Prepared", arguments: Sequence[str], quiet: bool) -> int:
 
     if prepared.config.workers > 1:
         _processes(prepared.config.workers, arguments, quiet)
-        return finish(prepared, open_studies(prepared), quiet)
-    worker = Worker(prepared, quiet, tell=(lambda line: None) if quiet else say)
-    worker.work()
-    return finish(prepared, worker.studies, quiet)
+        studies = open_studies(prepared)
+    else:
+        worker = Worker(prepared, quiet, tell=(lambda line: None) if quiet else say)
+        worker.work()
+        studies = worker.studies
+    code = finish(prepared, studies, quiet)
+    if prepared.budget is not None and not any(map(_missing, studies)):
+        code = max(code, _finals(prepared, studies, arguments, quiet))
+    _report(prepared, studies)
+    return code
+
+
+def _finals(prepared: "Prepared", studies: Sequence["Study"], arguments: Sequence[str], quiet: bool) -> int:
+    """Run each method's best settings on new seeds and show them; returns the exit code."""
+    from peftbench.cli.sweep import finish as finish_sweep
+    from peftbench.cli.sweep import multirun
+    from peftbench.search.finals import seeds_of, sweep_arguments, write_finals, write_plan
+
+    given = [a.partition("=")[2] for a in arguments if a.lstrip("+").startswith("profile=")]
+    file = write_finals(prepared, studies, given[-1] if given else None)
+    if file is None:
+        write_plan(prepared, studies, [])
+        return 1
+    if not quiet:
+        say(f"the best settings of each method with seeds {', '.join(map(str, seeds_of(prepared)[1]))}:")
+    outcome = multirun(sweep_arguments(prepared, file), quiet)
+    write_plan(prepared, studies, outcome.specs)
+    return finish_sweep(outcome, quiet, report=False)
+
+
+def _report(prepared: "Prepared", studies: Sequence["Study"]) -> None:
+    """Write the search's own report and print its path."""
+    from peftbench.analysis.search_report import write_search_report
+    from peftbench.analysis.studies import of_optuna
+    from peftbench.search.storage import OWN
+    from peftbench.store import Store
+
+    # A file of the folder may hold studies of earlier commands too.
+    found = None if prepared.config.storage in OWN else [of_optuna(study.optuna) for study in studies]
+    written = write_search_report(prepared.folder, Store(prepared.folder).records(), found)
+    if written:
+        print(f"report: {written[0]}")
 
 
 def _processes(count: int, arguments: Sequence[str], quiet: bool) -> None:

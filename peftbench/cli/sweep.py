@@ -171,7 +171,7 @@ def _widths(table: Any, room: int) -> list[int]:
     return widths
 
 
-def _finish(outcome: Outcome, quiet: bool, report: bool) -> int:
+def finish(outcome: Outcome, quiet: bool, report: bool) -> int:
     """Show the table, write the report, sum up what went wrong; returns the exit code."""
     statuses = outcome.statuses()
     wanted = [record for run_id in statuses if (record := outcome.store.record(run_id)) is not None]
@@ -223,7 +223,7 @@ def sweep(arguments: Sequence[str], quiet: bool = False, force: bool = False) ->
     """Run a sweep; returns the exit code."""
     _, config = configure(arguments)
     outcome = interruptible(lambda: multirun(arguments, quiet, force), lambda: sweep_folder(config))
-    return 130 if outcome is None else _finish(outcome, quiet, report=True)
+    return 130 if outcome is None else finish(outcome, quiet, report=True)
 
 
 def run(arguments: Sequence[str], quiet: bool = False, force: bool = False) -> int:
@@ -248,7 +248,7 @@ def run(arguments: Sequence[str], quiet: bool = False, force: bool = False) -> i
     outcome = interruptible(work, lambda: sweep_folder(config))
     if outcome is None:
         return 130
-    code = _finish(outcome, quiet, report=False)
+    code = finish(outcome, quiet, report=False)
     for spec in outcome.specs:
         print(f"record: {outcome.store.runs / spec.run_id}.json")
         if config.save_adapters and outcome.store.adapter(spec.run_id).is_dir():

@@ -82,7 +82,8 @@ def _question(study: Study, best: Sequence[FrozenTrial]) -> str:
     else:
         shown = ", ".join(str(t.number) for t in best)
         what = f"those that none beats in {' and '.join(config.objectives)}, trials {shown}"
-    text = f"Of {min(config.trials, len(study.trials()))} trials of {about.method} by {config.sampler} with seed {config.seed}: {what}."
+    trials = min(config.trials, len(study.trials()))
+    text = f"Of {trials} trials of {about.method} by {config.sampler} with seed {config.seed}: {what}."
     return textwrap.shorten(text, 400)
 
 
