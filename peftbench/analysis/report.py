@@ -1,4 +1,4 @@
-"""A folder's report: Markdown with its tables and figures, CSV and LaTeX tables, png, pdf and svg figures.
+"""A folder's report: Markdown with its tables and figures, CSV and LaTeX tables, png, pdf and svg figures, and a page.
 
 A pure function of records: the same records give the same bytes. Nothing is dropped without a word: runs that did not
 complete are counted in the tables and listed with their reasons.
@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from peftbench.analysis import comparisons, evidence, extras, plots, tables
+from peftbench.analysis import commands, comparisons, evidence, extras, html, plots, tables
 from peftbench.analysis.frame import (
     STATUSES,
     configurations,
@@ -27,6 +27,7 @@ from peftbench.analysis.frame import (
     selected,
     task_titles,
 )
+from peftbench.analysis.html import Section, Texts
 from peftbench.analysis.tables import Table
 from peftbench.errors import UserError
 
@@ -56,10 +57,20 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def write_report(records: Sequence[Record], folder: Path) -> list[Path]:
+def write_report(
+    records: Sequence[Record],
+    folder: Path,
+    defaults: commands.Defaults | None = None,
+    sections: Sequence[Section] = (),
+) -> list[Path]:
     """Write `<folder>/report/` anew and return the paths written, `report.md` first.
 
-    `report.md`, `tables/*.csv` (raw numbers in base units), `tables/*.tex`, `figures/*.{png,pdf,svg}`.
+    `report.md`, `index.html` (where plotly is installed), `tables/*.csv` (raw numbers in base units), `tables/*.tex`,
+    `figures/*.{png,pdf,svg}`.
+
+    Args:
+        defaults: settings of the named models, methods, tasks and recipes, which commands then leave out.
+        sections: further ones, shown after the costs. Their tables are written here; their figures must be there.
 
     Raises:
         UserError: no records, none of them completed, or the folder cannot be written to.
@@ -84,22 +95,31 @@ def write_report(records: Sequence[Record], folder: Path) -> list[Path]:
                 shutil.rmtree(target / part, ignore_errors=True)
                 (target / part).mkdir(parents=True)
             all_tables = _tables(runs, table, chosen)
-            written = []
+            written, panels = [], []
             if not extras.missing():
                 panels = comparisons.panels(records, runs, chosen)
                 suites = comparisons.suites(panels)
                 all_tables |= {one.name: one for one in evidence.evidence(panels, suites)}
                 for name, pairs in evidence.pair_frames(panels, suites).items():
                     written += _write_csv(pairs, target / "tables" / f"{name}.csv")
-            written += [path for one in all_tables.values() for path in _write_table(one, target / "tables")]
+            further = [one for section in sections for one in section.tables]
+            written += [
+                path for one in (*all_tables.values(), *further) for path in _write_table(one, target / "tables")
+            ]
             written += _write_csv(runs, target / "tables" / "runs.csv")
             written += _write_csv(tables.raw_numbers(rows_of(table)), target / "tables" / "configurations.csv")
             figures = []
             for plot in plots.all_plots(table):
                 written += plots.save(plot, target / "figures")
                 figures.append((plot.name, plot.caption))
-            report = target / "report.md"
-            report.write_text(_markdown(records, runs, table, chosen, all_tables, figures, folder), encoding="utf-8")
+            texts = _texts(records, runs, table, chosen, all_tables, sections, folder)
+            report, page = target / "report.md", target / "index.html"
+            report.write_text(_markdown(texts, runs, all_tables, figures, target), encoding="utf-8")
+            page.unlink(missing_ok=True)
+            if html.missing() is None:
+                text = html.page(texts, records, runs, table, chosen, panels, all_tables, defaults or {})
+                page.write_text(text, encoding="utf-8")
+                written.insert(0, page)
     except OSError as error:
         raise UserError(f"{target}: cannot write the report ({error.strerror or error})") from error
     return [report, *written]
@@ -135,28 +155,46 @@ def _write_csv(data: pd.DataFrame, path: Path) -> list[Path]:
 # -- text --------------------------------------------------------------------------------------------------------------
 
 
-def _markdown(
+def _texts(
     records: Sequence[Record],
     runs: pd.DataFrame,
     table: pd.DataFrame,
     chosen: pd.DataFrame,
     all_tables: Mapping[str, Table],
-    figures: Sequence[tuple[str, str]],
+    sections: Sequence[Section],
     folder: Path,
+) -> Texts:
+    rows, notes = _provenance(records, runs)
+    return Texts(
+        title=folder.name or str(folder),
+        summary=_summary(runs, table, pruned(records)),
+        reading=_reading(table, chosen),
+        evidence=_evidence_text(all_tables),
+        cost=_cost_text(records, runs),
+        provenance=rows,
+        provenance_notes=notes,
+        commands=_commands(records, folder),
+        sections=sections,
+    )
+
+
+def _markdown(
+    texts: Texts, runs: pd.DataFrame, all_tables: Mapping[str, Table], figures: Sequence[tuple[str, str]], target: Path
 ) -> str:
     lost = all_tables.get("unfinished")
-    lines = [f"# {folder.name or folder}", "", _summary(runs, table, pruned(records)), ""]
+    lines = [f"# {texts.title}", "", texts.summary, ""]
+    lines += [html.missing() or "The same with charts that answer to controls: [index.html](index.html).", ""]
     if lost is not None:
         lines += [
             f"**{len(lost.rows)} of {len(runs)} runs did not complete** "
             "([listed below](#runs-that-did-not-complete)); they are counted under seeds and enter no mean.",
             "",
         ]
-    lines += ["## Results", "", *_reading(table, chosen), ""]
+    lines += ["## Results", "", *texts.reading, ""]
     for name, one in all_tables.items():
         if name == "overview" or name.startswith("leaderboard-"):
             lines += _section(one)
-    lines += _evidence(all_tables)
+    lines += _evidence(texts, all_tables)
     lines += ["## Figures", ""]
     for name, caption in figures:
         lines += [
@@ -181,30 +219,46 @@ def _markdown(
         lines += ["## Every metric", "", *_section(all_tables["metrics"], titled=False)]
     if lost is not None:
         lines += ["## Runs that did not complete", "", *_section(lost, titled=False)]
-    lines += ["## How cost was measured", "", *_cost_text(records, runs), ""]
-    lines += ["## Provenance", "", *_provenance(records, runs), ""]
+    lines += ["## How cost was measured", "", *texts.cost, ""]
+    for section in texts.sections:
+        lines += _further(section, target)
+    provenance = [f"| {what} | {_cell(value)} |" for what, value in texts.provenance]
+    lines += ["## Provenance", "", "| what | value (runs) |", "| --- | --- |", *provenance, ""]
+    lines += [line for note in texts.provenance_notes for line in (note, "")]
     lines += [
         "## Make this again",
         "",
         "Each record's `spec` holds its run, resolved.",
         "",
         "```",
-        *_commands(records, folder),
+        *texts.commands,
         "```",
         "",
     ]
     return "\n".join(lines)
 
 
-def _evidence(all_tables: Mapping[str, Table]) -> list[str]:
-    """Return the section on intervals and tiers, or what it takes to have one."""
-    lacking, lines = extras.missing(), ["## What the data can tell apart", ""]
+def _evidence_text(all_tables: Mapping[str, Table]) -> list[str]:
+    """Return how to read intervals and tiers, or what it takes to have some."""
+    if lacking := extras.missing():
+        return [f"Not computed: {', '.join(lacking)} not installed. {extras.INSTALL}"]
+    if not any(name.startswith(("evidence-", "profile-")) for name in all_tables):
+        return ["One method alone: nothing to tell apart."]
+    return [evidence.READING]
+
+
+def _evidence(texts: Texts, all_tables: Mapping[str, Table]) -> list[str]:
     found = [one for name, one in all_tables.items() if name.startswith(("evidence-", "profile-"))]
-    if lacking:
-        return [*lines, f"Not computed: {', '.join(lacking)} not installed. {extras.INSTALL}", ""]
-    if not found:
-        return [*lines, "One method alone: nothing to tell apart.", ""]
-    return [*lines, evidence.READING, "", *(line for one in found for line in _section(one))]
+    said = [line for text in texts.evidence for line in (text, "")]
+    return ["## What the data can tell apart", "", *said, *(line for one in found for line in _section(one))]
+
+
+def _further(section: Section, target: Path) -> list[str]:
+    lines = [f"## {section.title}", "", *(line for text in section.text for line in (text, ""))]
+    lines += [line for one in section.tables for line in _section(one)]
+    for path, caption in section.figures:
+        lines += [f"![{path.stem}]({os.path.relpath(path, target)})", "", caption, ""]
+    return lines
 
 
 def _section(one: Table, titled: bool = True) -> list[str]:
@@ -311,7 +365,8 @@ def _some(values: Sequence[str], most: int = 8) -> str:
     return ", ".join(values[:most]) + (f" and {len(values) - most} more" if len(values) > most else "")
 
 
-def _provenance(records: Sequence[Record], runs: pd.DataFrame) -> list[str]:
+def _provenance(records: Sequence[Record], runs: pd.DataFrame) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return what the records were made with, each with its values, and sentences on what a reader must know."""
     values: dict[str, Counter[str]] = {}
     for record in records:
         for key, value in flatten(record.get("environment") or {}).items():
@@ -321,17 +376,20 @@ def _provenance(records: Sequence[Record], runs: pd.DataFrame) -> list[str]:
         counted = Counter(str(v) for r in records if (v := dig(r, ("spec", "identity", key))) is not None)
         if counted:
             values[f"{key} (identity)"] = counted
-    lines = ["| what | value (runs) |", "| --- | --- |"]
-    lines.append(f"| runs by status | {_status_counts(runs)} |")
-    lines.append(f"| kind of device | {_counted(Counter(runs['device_kind']))} |")
+    rows = [("runs by status", _status_counts(runs)), ("kind of device", _counted(Counter(runs["device_kind"])))]
     for key in sorted(values, key=lambda k: (not k.startswith("git"), k)):
         if key != "device_kind":
-            lines.append(f"| {key.replace('_', ' ')} | {_counted(values[key])} |")
+            rows.append((key.replace("_", " "), _counted(values[key])))
+    notes = []
     if len(values.get("git_commit", ())) > 1:
-        lines += ["", "The records were made by more than one commit; run ids differ wherever that changes results."]
+        notes.append("The records were made by more than one commit; run ids differ wherever that changes results.")
     if values.get("git_dirty", Counter())["True"]:
-        lines += ["", f"{values['git_dirty']['True']} runs were made with uncommitted changes in the checkout."]
-    return lines
+        notes.append(f"{values['git_dirty']['True']} runs were made with uncommitted changes in the checkout.")
+    return rows, notes
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _counted(values: Mapping[str, int]) -> str:
@@ -341,7 +399,7 @@ def _counted(values: Mapping[str, int]) -> str:
     else:
         text = ", ".join(f"{value} ({count})" for value, count in ordered[:MOST_VALUES])
         text += f" and {len(ordered) - MOST_VALUES} more" if len(ordered) > MOST_VALUES else ""
-    return text.replace("|", "\\|").replace("\n", " ")
+    return text
 
 
 def _commands(records: Sequence[Record], folder: Path) -> list[str]:

@@ -13,6 +13,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from peftbench import job, progress
+from peftbench.cli import vocabulary
 from peftbench.errors import UserError, nearest
 from peftbench.store import Store
 from peftbench.sweep import Outcome, configure, prepare, say, sweep_folder
@@ -203,17 +204,20 @@ def finish(outcome: Outcome, quiet: bool, report: bool) -> int:
 
 def write_report(store: Store) -> list[Path]:
     """Write the report of all records of a store and print its paths."""
+    from peftbench.analysis import html
     from peftbench.analysis.report import write_report as write
 
-    paths = write(store.records(), store.folder)
-    for line in report_lines(paths):
+    records = store.records()
+    paths = write(records, store.folder, vocabulary.defaults(records))
+    for line in [*report_lines(paths), *filter(None, [html.missing()])]:
         print(line)
     return paths
 
 
 def report_lines(paths: Sequence[Path]) -> list[str]:
-    """Return the lines that name the report and its Pareto plots."""
+    """Return the lines that name the report, its page and its Pareto plots."""
     lines = [f"report: {path}" for path in paths if path.suffix == ".md"]
+    lines += [f"page: {path}" for path in paths if path.suffix == ".html"]
     plots = [path for path in paths if path.suffix == ".png"]
     pareto = [path for path in plots if "pareto" in path.name]
     return lines + [f"Pareto plot: {path}" for path in pareto]
