@@ -5,7 +5,7 @@
 - ``trials``: as many trials of each method, each trained by the same recipe.
 - ``parameters``: the same trials, of configurations whose adapter parameters are within `search.tolerance` of
   `search.target_parameters`; the method's size (rank, bottleneck, length …) follows from its other settings.
-- ``wall_clock``: as many trials as each method makes within `search.seconds` of the device.
+- ``wall_clock``: as many trials of each method as come closest to `search.seconds` of the device.
 - ``memory``: the same trials, of configurations whose predicted peak is at most `search.memory`.
 - ``flops``: the same trials, with steps such that each takes the same FLOPs.
 
@@ -101,14 +101,14 @@ class Held:
     Attributes:
         axes: what is left to vary.
         complete: a trial's settings → those of its run; raises UserError for what is not within the budget.
-        enough: whether a study whose finished trials have these user attributes has had enough; None: trials decide.
+        room: (seconds of finished trials, running ones) → how many more there may be; None: `search.trials` decides.
         some: parameters of a trial that is within the budget, as far as that depends on them.
         lines: worth showing.
     """
 
     axes: tuple[Axis, ...]
     complete: Callable[[Mapping[str, Any]], dict[str, Any]] = dict
-    enough: Callable[[Sequence[Mapping[str, Any]]], bool] | None = None
+    room: Callable[[Sequence[float], int], int] | None = None
     some: Mapping[str, Any] = field(default_factory=dict)
     lines: tuple[str, ...] = ()
 
@@ -135,6 +135,10 @@ class Budget:
     @property
     def wanted(self) -> float | None:
         """How much of `unit` a method is to have."""
+        return None
+
+    def identity(self) -> str | None:
+        """Return what all trials of a study must have in common; None where any trial will do."""
         return None
 
     def statement(self) -> str:
@@ -176,6 +180,9 @@ class Parameters(Budget):
     @property
     def wanted(self) -> float:
         return float(self.target)
+
+    def identity(self) -> str:
+        return f"{self.target} adapter parameters within {self.config.tolerance:g}"
 
     def statement(self) -> str:
         within = f"{100 * self.config.tolerance:g} %"
@@ -270,13 +277,18 @@ class WallClock(Budget):
         return self.config.seconds
 
     def statement(self) -> str:
-        return f"tuning for {self.wanted:g} s of the device a method; the batch in hand then is finished"
+        return f"as many trials of each method as come closest to {self.wanted:g} s of the device"
 
     def hold(self, point: Point, axes: Sequence[Axis]) -> Held:
-        def enough(trials: Sequence[Mapping[str, Any]]) -> bool:
-            return sum(t.get("seconds") or 0.0 for t in trials) >= self.wanted
+        return Held(tuple(axes), room=self.room)
 
-        return Held(tuple(axes), enough=enough)
+    def room(self, seconds: Sequence[float], running: int) -> int:
+        """Return how many more trials bring a method closest to its seconds, if they take what earlier ones took."""
+        if not seconds:
+            return max(0, self.config.workers - running)  # one shows what a trial takes
+        each = sum(seconds) / len(seconds)
+        left = self.wanted - sum(seconds) - running * each
+        return max(0, round(left / each)) if each > 0 else 1
 
     def had(self, spec: RunSpec, record: Mapping[str, Any] | None, seconds: float | None) -> float | None:
         return seconds
@@ -321,6 +333,9 @@ class Memory(Predicted):
     @property
     def wanted(self) -> float:
         return float(_bytes(self.config))
+
+    def identity(self) -> str:
+        return f"{_bytes(self.config)} bytes at most"
 
     def statement(self) -> str:
         return (
@@ -377,6 +392,9 @@ class Flops(Predicted):
     @property
     def wanted(self) -> float | None:
         return self._target
+
+    def identity(self) -> str:
+        return f"{self._target:.9g} FLOPs"
 
     def statement(self) -> str:
         return (

@@ -337,7 +337,7 @@ def equal_budget_table(
             }
         )
     headers = ["method", "best settings", f"test {metric}", "95 % interval", "tier", "validation, tuned", "seeds"]
-    headers += [f"{plan.unit}, matched"] if held else []
+    headers += [f"{'peak memory' if plan.unit == 'bytes' else plan.unit}, matched"] if held else []
     return Table(
         name="equal-budget" + (f"-{slug(f'{task}-{model}')}" if several else ""),
         title=f"Equal budget, {task} on {model}: test {metric} beside the cost of tuning",

@@ -149,8 +149,8 @@ def finish(prepared: "Prepared", studies: Sequence["Study"], quiet: bool) -> int
 
 
 def _missing(study: "Study") -> int:
-    if study.about.held.enough is not None and study.left() <= 0:
-        return 0  # its search went on until it had enough
+    if study.about.held.room is not None:
+        return study.left()
     from optuna.trial import TrialState
 
     from peftbench.search.studies import counts

@@ -177,6 +177,7 @@ def _add(prepared: Prepared, point: Point, axes: Sequence[Axis]) -> None:
     task = registry.build_task(spec.task)
     _check_grid(prepared, method, kept)
     names = [method, spec.model["name"], spec.task["name"]]
+    held_to = None if prepared.budget is None else prepared.budget.identity()
     about = About(
         name="-".join(file_name(str(part)) for part in (prepared.sweep.sweep.name, *names)),
         method=method,
@@ -185,11 +186,7 @@ def _add(prepared: Prepared, point: Point, axes: Sequence[Axis]) -> None:
         metric=task.primary_metric,
         maximise=task.greater_is_better,
         axes=tuple(kept),
-        fixed={
-            **point,
-            "identity": spec.identity,
-            **({} if prepared.budget is None else {"budget": prepared.budget.statement()}),
-        },
+        fixed={**point, "identity": spec.identity, **({} if held_to is None else {"budget": held_to})},
         held=held,
     )
     if any(other.name == about.name for other in prepared.abouts):

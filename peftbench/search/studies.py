@@ -135,9 +135,9 @@ class Study:
     def left(self) -> int:
         """Return how many trials nobody has asked for yet."""
         trials = self.trials()
-        enough = self.about.held.enough
-        if enough is not None and enough([t.user_attrs for t in trials if t.state.is_finished()]):
-            return 0
+        if self.about.held.room is not None:
+            seconds = [float(t.user_attrs.get("seconds") or 0.0) for t in trials if t.state.is_finished() and counts(t)]
+            return self.about.held.room(seconds, sum(t.state == TrialState.RUNNING for t in trials))
         return self.config.trials - sum(counts(t) and t.state != TrialState.WAITING for t in trials)
 
     @property

@@ -189,9 +189,18 @@ class Worker:
         free = [spec for spec in wanted if self.store.claimed(spec.run_id) is None]
         if not free:
             return []
-        plan = Plan(list(free), prepared.resolver, [])
         early = prepared.config.pruner != "none"
-        return pack_up(plan, free, prepared.sweep.pack, self.store, self.fit, tell, early=early)
+        together: dict[str, list[RunSpec]] = {}
+        for spec in free:
+            # runs of a pack are charged alike, so methods whose expense is compared share none
+            together.setdefault("" if prepared.budget is None else spec.method["name"], []).append(spec)
+        return [
+            group
+            for specs in together.values()
+            for group in pack_up(
+                Plan(specs, prepared.resolver, []), specs, prepared.sweep.pack, self.store, self.fit, tell, early=early
+            )
+        ]
 
     def _train_group(self, group: Group, waiting: Mapping[str, Sequence[Asked]], listener: Any) -> None:
         with self.store.claim([spec.run_id for spec in group]) as mine:
