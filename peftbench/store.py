@@ -52,17 +52,19 @@ def _checked_record(value: Any, path: Path) -> dict[str, Any]:
     return value
 
 
-def _started(pid: int) -> str | None:
-    """Return the start time of a process in clock ticks as text, or None where the system does not tell."""
+def _stat(pid: int) -> tuple[str, str] | None:
+    """Return state and start time (in clock ticks) of a process as text, or None where the system does not tell."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return fields[0], fields[19]
     except (OSError, IndexError):
         return None
 
 
 def this_process() -> dict[str, Any]:
     """Return what `alive` knows this process by."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+    stat = _stat(os.getpid())
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": None if stat is None else stat[1]}
 
 
 def alive(owner: Mapping[str, Any]) -> bool:
@@ -76,8 +78,11 @@ def alive(owner: Mapping[str, Any]) -> bool:
         return False
     except (PermissionError, OverflowError):
         return True
+    stat = _stat(pid)
+    if stat is not None and stat[0] in "ZX":
+        return False  # ended, and its parent has not looked yet
     # A pid is used again after a while: the same number with another start time is another process.
-    return owner.get("started") is None or owner["started"] == _started(pid)
+    return owner.get("started") is None or (stat is not None and owner["started"] == stat[1])
 
 
 def _slim(record: dict[str, Any]) -> dict[str, Any]:
