@@ -420,9 +420,18 @@ class Plan:
         wanted: Sequence[RunSpec],
         size: int | Callable[[Sequence[RunSpec]], int],
         early: bool = False,
+        mix: bool = True,
     ) -> list[Group]:
-        """Group `wanted` runs into packs of at most `size`, which may depend on what runs share a base."""
-        return packs(wanted, self.resolver.sharing, size, early)
+        """Group `wanted` runs into packs of at most `size`, which may depend on what runs share a base.
+
+        With `mix` packs may hold several methods.
+        """
+
+        def sharing(spec: RunSpec) -> Sharing:
+            share = self.resolver.sharing(spec)
+            return share if mix else dataclasses.replace(share, company=None)
+
+        return packs(wanted, sharing, size, early)
 
 
 def plan(request: Demand, device: str) -> Plan:

@@ -155,6 +155,8 @@ def pack_up(
 ) -> list[Group]:
     """Return packs of at most `size`; for "auto" of what is fastest and fits into memory.
 
+    On a CPU "auto" keeps methods apart: what a mixed pack saves there, putting its parts together costs.
+
     `early`: any run may end before its time.
     """
     if isinstance(size, int) or not wanted:
@@ -163,7 +165,7 @@ def pack_up(
 
     fitting = (lambda members, most: most) if fit is None else fit.pack_size
     packing = Packing(store, planned.resolver.device, fitting, measure=fit is not None, tell=tell)
-    return planned.packs(wanted, packing.size, early)
+    return planned.packs(wanted, packing.size, early, mix=planned.resolver.device != "cpu")
 
 
 def _without_adapter(store: Store, specs: Sequence[RunSpec]) -> list[str]:
