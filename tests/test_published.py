@@ -12,6 +12,8 @@ from peftbench.errors import UserError
 
 TABLES = sorted(path.stem for path in published.FOLDER.glob("*.csv"))
 KEYS = {
+    "claims": "claim",
+    "sizes": "task",
     "papers": "paper",
     "values": "id",
     "counts": "id",

@@ -29,7 +29,7 @@ examples:
 names:  a paper's key, a row's id, the beginning of ids that ends in "-", all;
         or counts (parameter counts, rebuilt from shapes) and claims (orderings and ratios)
 --list       the papers and their number of rows; of a paper, its rows
---run        train experiments/reproduce-<paper>, after its cost has been printed
+--run        train experiments/reproduce-<paper> (or a claim's experiment), after its cost has been printed
 --cost       print that cost alone
 --results    a folder of sweeps, or of one; may be repeated (default: results)
 --markdown, --latex, --json   the same as a page, a LaTeX table, plain data
@@ -130,19 +130,12 @@ def _print(table: Any, plain: list[dict[str, Any]], form: str, after: str = "", 
 
 
 def _run(names: list[str], run: bool, rate: float | None, form: str) -> int:
-    from peftbench import published, registry
     from peftbench.reproduce.budget import RATE
     from peftbench.reproduce.budget import cost as cost_of
 
-    known = registry.experiments()
     if len(names) != 1:
-        raise UserError(f"{'--run' if run else '--cost'}: expected one paper, row or claim, this is {len(names)}")
-    name = names[0]
-    claim = published.claims().get(name)
-    experiment = claim.experiment if claim is not None else f"reproduce-{published.chosen([name])[0].paper.key}"
-    if experiment not in known:
-        ready = ", ".join(n.removeprefix("reproduce-") for n in known if n.startswith("reproduce-"))
-        raise UserError(f"{name}: there is no experiment {experiment} to run (there is one for {ready})")
+        raise UserError(f"{'--run' if run else '--cost'}: expected one paper, row, claim or experiment")
+    experiment = _experiment(names[0])
     estimated = cost_of(experiment, RATE if rate is None else rate)
     if form == "json" and not run:
         print(json.dumps(estimated.to_dict(), indent=1))
@@ -154,3 +147,19 @@ def _run(names: list[str], run: bool, rate: float | None, form: str) -> int:
     from peftbench.cli.sweep import sweep
 
     return sweep([f"experiment={experiment}"])
+
+
+def _experiment(name: str) -> str:
+    """Return the experiment that a paper, a row, a claim or its own name stands for."""
+    from peftbench import published, registry
+    from peftbench.reproduce.budget import experiment_of
+
+    claim = published.claims().get(name)
+    for found in (name, f"reproduce-{name}", claim.experiment if claim is not None else None):
+        if found is not None and found in registry.experiments():
+            return found
+    found = experiment_of(published.chosen([name])[0])
+    if found is None:
+        ready = ", ".join(n for n in registry.experiments() if n.startswith(("reproduce-", "claims-")))
+        raise UserError(f"{name}: there is no experiment reproduce-{name} to run (there are {ready})")
+    return found

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftbench import published, registry
+from peftbench.config import ModelConfig, build
 from peftbench.errors import UserError
 from peftbench.plan import points
+from peftbench.record import canonical
 from peftbench.resolve import Resolver, demand
 
 RATE = 1e14
@@ -65,6 +67,19 @@ def sizes() -> dict[str, int]:
     return {row["task"]: int(row["rows"]) for row in published.table("sizes")}
 
 
+def experiments_of(paper: str) -> list[str]:
+    """Return the names of the experiments that reproduce a paper: ``reproduce-<paper>`` and ``reproduce-<paper>-…``."""
+    name = f"reproduce-{paper}"
+    return [n for n in registry.experiments() if n == name or n.startswith(f"{name}-")]
+
+
+def experiment_of(row: published.Value) -> str | None:
+    """Return the experiment that holds a row's task; None where there is none."""
+    found = experiments_of(row.paper.key)
+    own = f"reproduce-{row.paper.key}-{row.here.task}"
+    return own if own in found else found[0] if found else None
+
+
 def cost(experiment: str, rate: float = RATE) -> Cost:
     """Return the cost of all runs of an experiment; nothing is loaded.
 
@@ -101,15 +116,14 @@ class _PerToken:
         self.known: dict[tuple[Any, ...], float] = {}
 
     def __call__(self, resolver: Resolver, spec: Any, task: Any) -> float:
-        from peftbench.config import ModelConfig, build
-        from peftbench.record import canonical
+        from torch import nn
 
         key = (canonical(spec.model), canonical(spec.method), task.formulation)
         if key not in self.known:
             config = build(ModelConfig, spec.model, "model")
             model = resolver.shapes(config, task.formulation)
             method = registry.build_method(spec.method)
-            tables = {id(m.weight) for m in model.modules() if type(m).__name__.endswith("Embedding")}
+            tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
             matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in tables)
             output = model.get_output_embeddings() if task.formulation == "text" else None
             if output is not None and id(output.weight) in tables:  # tied: a table that is multiplied with as well

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from peftbench import published, registry
+from peftbench import published
 from peftbench.analysis.tables import MISSING, Table
 from peftbench.published import Claim, Value
-from peftbench.reproduce import claims, verdicts
+from peftbench.reproduce import claims
+from peftbench.reproduce.budget import experiment_of, experiments_of
 from peftbench.reproduce.records import Configuration, best_answer
 from peftbench.reproduce.verdicts import NOT_RUN, VERDICTS, Difference, Measured, Verdict, judge
 
@@ -68,10 +69,12 @@ def needs(row: Value) -> list[str]:
         found.append(f"the task {row.task}")
     if not row.metric.ours:
         found.append(f"the metric {row.metric.name}")
+    if row.metric.unit == "count":
+        return ["a count: see python -m peftbench reproduce counts"]
     if found:
-        return [f"the collection lacks {', '.join(found)}"]
-    experiment = f"reproduce-{row.paper.key}"
-    if experiment in registry.experiments():
+        return [f"nothing here answers to {', '.join(found)}"]
+    experiment = experiment_of(row)
+    if experiment is not None:
         return [f"needs python -m peftbench sweep experiment={experiment} (weights of {row.model}, a GPU)"]
     return [f"needs a run of {here.method} on {here.model} and {here.task}"]
 
@@ -168,12 +171,8 @@ def counts_table(found: Sequence[Rebuilt]) -> Table:
 def list_table(rows: Sequence[Value]) -> Table:
     """Return what there is: a paper a row."""
     counted = Counter(row.paper.key for row in rows)
-    ready = registry.experiments()
     papers = [published.papers()[key] for key in counted]
-    cells = [
-        [p.key, str(counted[p.key]), f"reproduce-{p.key}" if f"reproduce-{p.key}" in ready else MISSING, p.citation]
-        for p in papers
-    ]
+    cells = [[p.key, str(counted[p.key]), " ".join(experiments_of(p.key)) or MISSING, p.citation] for p in papers]
     raw = pd.DataFrame([{"paper": p.key, "rows": counted[p.key], "citation": p.citation} for p in papers])
     return Table("papers", "Published figures", ["paper", "rows", "experiment", "citation"], cells, raw, 4)
 
@@ -182,6 +181,3 @@ def bibliography(rows: Sequence[Value]) -> str:
     """Return the citations of the rows' papers as a Markdown list."""
     keys = dict.fromkeys(row.paper.key for row in rows)
     return "\n".join(f"- **{key}**: {published.papers()[key].citation}" for key in keys)
-
-
-__all__ = ["Judged", "bibliography", "claims_table", "counts_table", "judged", "list_table", "values_table", "verdicts"]
