@@ -198,7 +198,8 @@
   }
   async function nothing(name, text) {
     const place = $(name + "-chart");
-    if (place.dataset.drawn && window.Plotly) window.Plotly.purge(place);
+    if (place.dataset.drawn && window.Plotly) window.Plotly.purge(place); // its listeners too
+    delete place.dataset.listens;
     place.replaceChildren(element("p", { class: "wait" }, text));
     place.dataset.drawn = String(Number(place.dataset.drawn ?? 0) + 1);
     caption(name, "");
