@@ -7,15 +7,16 @@ which runs are the final comparison (see `peftbench.budget`).
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
 from peftbench.analysis import comparisons, evidence, extras, plots, search_plots, search_tables, tables
 from peftbench.analysis.comparisons import Panel
 from peftbench.analysis.frame import Record, configurations, frame, number, selected
+from peftbench.analysis.html import Section
 from peftbench.analysis.intervals import interval
 from peftbench.analysis.studies import Importance, Study, importance, of_optuna, of_records
 from peftbench.analysis.tables import (
@@ -32,6 +33,9 @@ from peftbench.analysis.tuning import Tuning, training_flops, tuning
 from peftbench.errors import UserError
 
 FOLDER, BUDGET = "search", "budget.json"
+R = TypeVar("R", bound=Mapping[str, Any])
+SHOWN = ("search-overview", "search-cost", "search-importance")
+"""Tables that the folder's own report has too."""
 STORAGES = ("study.db", "journal.log")
 CHARGED = (
     "Tuning cost is charged to each method: steps, real tokens and seconds of the device over all its trials, pruned "
@@ -93,6 +97,16 @@ def has_search(folder: Path) -> bool:
     return (folder / FOLDER).is_dir()
 
 
+def compared(records: Sequence[R], plan: Plan) -> list[R]:
+    """Return the records that are not those of a search's trials, its final runs included; all if nothing is left.
+
+    A trial is one of many tries on one seed: beside final runs it would be one more method to compare.
+    """
+    final = {run_id for entry in plan.entries for run_id in entry.final}
+    kept = [r for r in records if not r.get("search") or str(r.get("run_id")) in final]
+    return kept if any(r.get("status") == "completed" for r in kept) else list(records)
+
+
 def read_studies(folder: Path, records: Sequence[Record]) -> list[Study]:
     """Return the studies of a folder: from its storage where that is a file in it, else from what records say.
 
@@ -139,10 +153,37 @@ def write_search_report(folder: Path, records: Sequence[Record], studies: Sequen
     Raises:
         UserError: storage or folder cannot be read or written.
     """
+    return _report(folder, records, studies)[0]
+
+
+def for_report(folder: Path, records: Sequence[Record]) -> tuple[list[Record], list[Section]]:
+    """Write the search's own report if there is a search, and return what the folder's report takes of it.
+
+    Returns:
+        records to compare, and a section on the search; all records and no section where there is none.
+
+    Raises:
+        UserError: storage or folder cannot be read or written.
+    """
+    if not has_search(folder):
+        return list(records), []
+    section = _report(folder, records, None)[1]
+    plan = read_plan(folder)
+    shown = list(records) if plan is None else compared(records, plan)
+    if section is None:
+        return shown, []
+    left = len(records) - len(shown)
+    note = [f"The {left} runs of its trials are in that report alone: here are those that compare methods."]
+    return shown, [replace(section, text=[*section.text, *(note if left else [])])]
+
+
+def _report(
+    folder: Path, records: Sequence[Record], studies: Sequence[Study] | None
+) -> tuple[list[Path], Section | None]:
     folder = Path(folder)
     studies = read_studies(folder, records) if studies is None else list(studies)
     if not studies:
-        return []
+        return [], None
     target = folder / FOLDER / "report"
     plan, by_id = read_plan(folder), {str(r.get("run_id")): r for r in records}
     costs = tuning(studies, by_id)
@@ -169,7 +210,16 @@ def write_search_report(folder: Path, records: Sequence[Record], studies: Sequen
         report.write_text(_markdown(folder, studies, plan, first, lines, all_tables, figures), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{target}: cannot write the report ({error.strerror or error})") from error
-    return [report, *written]
+    count = sum(len(s.trials) for s in studies)
+    where = "[the search's own report](../search/report/report.md)"
+    link = f"{count} trials in {len(studies)} searches; all of it is in {where}."
+    section = Section(
+        "Search",
+        [link, *lines],
+        [one for one in all_tables if one.name.startswith("equal-budget") or one.name in SHOWN],
+        [(target / "figures" / f"{name}.png", caption) for name, caption in figures],
+    )
+    return [report, *written], section
 
 
 def _tables(studies: Sequence[Study], found: Sequence[Importance | None], costs: Sequence[Tuning]) -> list[Table]:

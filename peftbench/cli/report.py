@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+from peftbench.analysis import search_report
 from peftbench.cli.sweep import show, write_report
 from peftbench.errors import UserError, nearest
 from peftbench.store import Store
 
 HELP = """\
 Write tables (Markdown, CSV, LaTeX) and plots (png, pdf, svg) of a sweep's records to <folder>/report/, print the table.
+
+Where a search is there, its own report goes to <folder>/search/report/.
 
 examples:
   python -m peftbench report results/default
@@ -30,7 +33,11 @@ def report(folder: str, consolidate: bool = False, slim: bool = False) -> int:
     records = store.records()
     if not records:
         raise UserError(f"{folder}: holds no records (expected {path / 'runs'}/*.json or {path / 'records.jsonl.gz'})")
-    show(records)
+    found = search_report.read_plan(store.folder)
+    shown = records if found is None else search_report.compared(records, found)
+    show(shown)
+    if len(shown) < len(records):
+        print(f"{len(records) - len(shown)} runs of a search's trials are in its own report alone")
     write_report(store)
     if consolidate:
         print(f"records: {store.consolidate(slim)}")

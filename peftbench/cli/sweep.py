@@ -203,12 +203,12 @@ def finish(outcome: Outcome, quiet: bool, report: bool) -> int:
 
 
 def write_report(store: Store) -> list[Path]:
-    """Write the report of all records of a store and print its paths."""
-    from peftbench.analysis import html
+    """Write the report of all records of a store, and that of its search where there is one, and print the paths."""
+    from peftbench.analysis import html, search_report
     from peftbench.analysis.report import write_report as write
 
-    records = store.records()
-    paths = write(records, store.folder, vocabulary.defaults(records))
+    records, sections = search_report.for_report(store.folder, store.records())
+    paths = write(records, store.folder, vocabulary.defaults(records), sections)
     for line in [*report_lines(paths), *filter(None, [html.missing()])]:
         print(line)
     return paths
