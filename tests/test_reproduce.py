@@ -203,6 +203,24 @@ def test_facts_that_are_not_stated_are_noted_but_do_not_decide():
     assert found(words, record()) == {"learning_rate": False, "epochs": False}
 
 
+def test_what_cannot_be_given_here_decides_and_what_is_not_compared_is_noted():
+    extra = {"lr_head": 4e-3, "init_weights": "zero", "beam": 10, "variant": "d init 1.0", "rank_dropout": 0.1}
+    assert found(row(settings=row().settings | extra), record()) == {
+        "learning rate of the head": True, "initialisation": True, "beams of generated texts": True, "variant": True,
+        "rank_dropout": False,
+    }  # fmt: skip
+    same = {"lr_head": 1e-3, "init_weights": True, "variant": "the default", "optimizer": "AdamW"}
+    assert found(row(settings=row().settings | same), record()) == {}
+
+
+def test_feed_forward_targets_are_compared_apart():
+    given = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    made = row(settings=row().settings | given)
+    mine = {"method.targets": ["attention.key", "attention.value"], "method.feedforward": ["mlp.down"]}
+    assert found(made, record(**mine)) == {}
+    assert found(made, record(**mine | {"method.feedforward": ["mlp.up"]})) == {"feedforward": True}
+
+
 def test_targets_are_compared_as_roles():
     assert roles("Wq,Wv") == roles(["attention.query", "attention.value"]) == roles(["q_proj", "v_proj"])
     assert roles("q,v of c_attn") is None

@@ -15,10 +15,28 @@ from peftbench.reproduce.verdicts import Difference
 
 METHOD_KEYS = {
     "r": "rank", "alpha": "alpha", "lora_alpha": "alpha", "lora_dropout": "dropout", "bottleneck": "bottleneck",
-    "num_virtual_tokens": "length", "pre_seq_len": "length", "n_frequency": "frequencies", "d_initial": "d_init",
-    "init_r": "init_rank", "target_r": "target_rank", "orth_reg": "orthogonal",
+    "num_virtual_tokens": "length", "pre_seq_len": "length", "n_frequency": "frequencies", "scaling": "scale",
+    "d_initial": "d_init", "init_r": "init_rank", "target_r": "target_rank", "orth_reg": "orthogonal",
+    "orth_reg_weight": "orthogonal", "decompose_factor": "factor", "boft_block_size": "block_size",
+    "boft_n_butterfly_factor": "factors", "group_size": "group_size", "prompt_tuning_init": "init",
+    "encoder_hidden_size": "hidden", "variant": "angles",
 }  # fmt: skip
 """What sources call a method's settings → ours."""
+WORDS = {"RANDOM": "random", "SAMPLE_VOCAB": "vocabulary", "road_1": 1, "road_2": 2, "road_4": 4}
+"""What sources write for values of settings → ours."""
+ELSEWHERE = {
+    "lr_head": ("learning rate of the head", "learning_rate"), "label_smoothing": ("label smoothing", None),
+    "beam": ("beams of generated texts", None), "data": ("training data", None),
+    "train_examples": ("training rows", None),
+}  # fmt: skip
+"""Settings of sources that cannot be given here: their name, and the setting of training that stands for them."""
+SILENT = {
+    "optimizer", "seed", "seeds", "autocast_adapter_dtype", "projection_prng_key", "save_projection", "token_dim",
+    "num_layers", "num_attention_heads", "num_transformer_submodules", "feedforward_modules", "steps", "max_steps",
+    "epochs", "target", "target_modules", "warmup_steps", "init_weights", "init_ia3_weights", "use_dora",
+    "use_rslora", "no_repeat_ngram", "length_penalty",
+}  # fmt: skip
+"""Settings that are compared elsewhere, go with one that is, or change no result."""
 TRAIN_KEYS = {"lr": "learning_rate", "lr_vera": "learning_rate", "batch": "batch_size", "schedule": "schedule"}
 """Settings of training that decide → ours."""
 NOTED_KEYS = {
@@ -96,13 +114,30 @@ def _identity(row: Value, record: Mapping[str, Any]) -> Iterator[Difference]:
 def _method(row: Value, spec: Mapping[str, Any]) -> Iterator[Difference]:
     settings, method = row.settings, spec["method"]
     for theirs, ours in METHOD_KEYS.items():
-        if theirs in settings and ours in method and not same(settings[theirs], method[ours]):
-            yield Difference(ours, str(settings[theirs]), str(method[ours]))
+        unused = theirs == "encoder_hidden_size" and settings.get("prefix_projection") is False
+        if theirs in settings and ours in method and not unused:
+            value = settings[theirs]
+            value = WORDS.get(value, value) if isinstance(value, str) else value
+            words = isinstance(value, str) and isinstance(method[ours], int | float)
+            if not same(value, method[ours]):
+                yield Difference(ours, str(value), str(method[ours]), decides=not words)
+        elif theirs == "variant" and not str(settings.get(theirs, "default")).endswith("default"):
+            yield Difference("variant", str(settings[theirs]), "none")
+    if isinstance(settings.get("init_weights"), str):
+        yield Difference("initialisation", settings["init_weights"], "the method's own")
+    yield from _targets(settings, method)
+
+
+def _targets(settings: Mapping[str, Any], method: Mapping[str, Any]) -> Iterator[Difference]:
+    inner = settings.get("feedforward_modules", ())
     targets = settings.get("target", settings.get("target_modules"))
-    if targets is not None and "targets" in method:
-        pair = roles(targets), roles(method["targets"])
-        if None in pair or pair[0] != pair[1]:
-            yield Difference("targets", str(targets), str(method["targets"]), decides=None not in pair)
+    if isinstance(targets, list):
+        targets = [t for t in targets if t not in inner]
+    for what, theirs in (("targets", targets), ("feedforward", inner or None)):
+        if theirs is not None and what in method:
+            pair = roles(theirs), roles(method[what])
+            if None in pair or pair[0] != pair[1]:
+                yield Difference(what, str(theirs), str(method[what]), decides=None not in pair)
 
 
 def _training(row: Value, spec: Mapping[str, Any], seeds: int) -> Iterator[Difference]:
@@ -118,6 +153,13 @@ def _training(row: Value, spec: Mapping[str, Any], seeds: int) -> Iterator[Diffe
     for ours, names in (("learning_rate", ("lr", "lr_vera", "lr_A")), ("batch_size", ("batch",))):
         if not any(name in settings for name in names):
             yield Difference(ours, "", str(train.get(ours)), decides=False)
+    for theirs, (what, stands) in ELSEWHERE.items():
+        value, mine = settings.get(theirs), None if stands is None else train.get(stands)
+        if value is not None and not same(value, mine):
+            yield Difference(what, str(value), "none" if mine is None else str(mine))
+    known = {*METHOD_KEYS, *TRAIN_KEYS, *NOTED_KEYS, *ELSEWHERE, *SILENT, "lr_A"}
+    for key in sorted(settings.keys() - known):
+        yield Difference(key, str(settings[key]), "not compared", decides=False)
     unit, length = epochs_of(spec)
     stated = {"epochs": settings.get("epochs"), "steps": settings.get("steps", settings.get("max_steps"))}
     if stated[unit] is not None:
