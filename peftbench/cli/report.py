@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from peftbench.analysis import search_report
 from peftbench.cli.sweep import show, write_report
 from peftbench.errors import UserError, nearest
 from peftbench.store import Store
@@ -23,6 +22,8 @@ def report(folder: str, consolidate: bool = False, slim: bool = False) -> int:
     Raises:
         UserError: there are none, or `slim` is asked for alone.
     """
+    from peftbench.analysis import search_report
+
     if slim and not consolidate:
         raise UserError("--slim says how to --consolidate: give both")
     path = Path(folder).expanduser()
