@@ -455,6 +455,7 @@ def _freeze(figure: Figure) -> None:
         warnings.simplefilter("error", UserWarning)  # a layout that collapsed is a bug, not a message
         figure.draw_without_rendering()
     figure.set_layout_engine("none")
+    figure.set_layout_engine(None)  # "none" alone leaves a stand-in, for which each file would be drawn twice
 
 
 def _quality_title(rows: Sequence[Row]) -> str:
