@@ -379,6 +379,10 @@ def test_lists(capsys, monkeypatch, tmp_path):
     assert "arXiv:2310.11454" in capsys.readouterr().out
     assert main(["reproduce", "vera", "--list", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 71
+    assert main(["reproduce", "vera", "--list"]) == 0
+    out = capsys.readouterr().out
+    assert "71 rows" in out
+    assert NOT_RUN not in out
     assert main(["reproduce", "counts", "GPT-3 175B", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {r["verdict"] for r in rows} == {"exact", "not run here"}
@@ -404,3 +408,22 @@ def test_mistakes_are_one_line(arguments, message, capsys, monkeypatch, tmp_path
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_run_says_what_it_costs_and_trains(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "experiments" / "reproduce-minilm"
+    folder.mkdir(parents=True)
+    grid = "model: tiny-bert, method: lora, task: tiny, train.steps: 1, train.batch_size: 2, profile: skip"
+    (folder / "experiment.yaml").write_text(f"grids:\n- {{{grid}}}\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", "minilm", "--run"]) == 0
+    assert "reproduce-minilm: 1 runs, 1 steps" in capsys.readouterr().err
+    assert len(list((tmp_path / "results" / "reproduce-minilm" / "runs").glob("*.json"))) == 1
+
+
+def test_verdicts_load_without_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, peftbench.reproduce.pages; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

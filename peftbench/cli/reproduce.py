@@ -86,7 +86,7 @@ def _values(names: list[str], results: Sequence[str] | None, listed: bool, form:
         return _print(pages.list_table(rows), [{"paper": p.key, "citation": p.citation} for p in _papers(rows)], form)
     if listed:
         plain = [{"id": row.id, "published": row.to_dict()} for row in rows]
-        return _print(pages.values_table(pages.judged(rows, []), "Published figures"), plain, form)
+        return _print(pages.rows_table(rows), plain, form, after=pages.bibliography(rows))
     found = pages.judged(rows, _configurations(results))
     table = pages.values_table(found, "Published figures and ours")
     return _print(table, [one.to_dict() for one in found], form, after=pages.bibliography(rows))

@@ -177,6 +177,21 @@ def list_table(rows: Sequence[Value]) -> Table:
     return Table("papers", "Published figures", ["paper", "rows", "experiment", "citation"], cells, raw, 4)
 
 
+def rows_table(rows: Sequence[Value]) -> Table:
+    """Return rows as they are published, without judging them."""
+    headers = ["row", "table", "model", "method", "task", "metric", "published", "seeds", "confidence", "here"]
+    cells = []
+    for row in rows:
+        spread = f" ± {row.std:g}" if row.std is not None else ""
+        here = " ".join(filter(None, (row.here.method, row.here.model, row.here.task)))
+        cells.append([
+            row.id, row.table, row.model or MISSING, row.method, row.task, row.metric.name, row.value + spread,
+            MISSING if row.seeds is None else str(row.seeds), row.confidence, here or MISSING,
+        ])  # fmt: skip
+    raw = pd.DataFrame([{"id": row.id, **row.to_dict()} for row in rows])
+    return Table("published", "Published figures", headers, cells, raw, len(headers), [f"{len(rows)} rows"])
+
+
 def bibliography(rows: Sequence[Value]) -> str:
     """Return the citations of the rows' papers as a Markdown list."""
     keys = dict.fromkeys(row.paper.key for row in rows)
