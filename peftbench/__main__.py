@@ -78,7 +78,8 @@ def parser() -> Parser:
             for form in ("json", "markdown", "latex"):
                 forms.add_argument(f"--{form}", action="store_const", const=form, dest="form", default="table")
         if name == "report":
-            one.add_argument("folder", help="<results>/<sweep.name>")
+            one.add_argument("folder", nargs="?", help="<results>/<sweep.name>")
+            one.add_argument("--compare", nargs=2, metavar=("A", "B"), help="report B, with what changed since A")
             one.add_argument("--consolidate", action="store_true", help="also write all records to records.jsonl.gz")
             one.add_argument("--slim", action="store_true", help="consolidate without items' scores and steps' losses")
     return top
@@ -107,7 +108,7 @@ def dispatch(arguments: Sequence[str]) -> int:
         os.environ[COMMAND] = shlex.join(["python", "-m", "peftbench", *arguments])
         return search.search([*given.overrides, *rest], given.quiet)
     if given.command == "report":
-        return report.report(given.folder, given.consolidate, given.slim)
+        return report.report(given.folder, given.consolidate, given.slim, given.compare)
     if given.command == "profile":
         return profile.profile([*given.overrides, *rest], given.json)
     if given.command == "estimate":

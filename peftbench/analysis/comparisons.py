@@ -262,17 +262,17 @@ def _panel(rows: list[dict[Any, Any]], runs: list[list[dict[Any, Any]]], by_id: 
         sorted({int(run["seed"]): run for run in group}.values(), key=lambda run: int(run["seed"])) for group in runs
     ]
     flat = [run for group in kept for run in group]
-    contributions, reason = _contributions([by_id[run["run_id"]] for run in flat], flat)
+    parts, reason = contributions([by_id[run["run_id"]] for run in flat], flat)
     samples, at = [], 0
     for group in kept:
-        items = None if contributions is None else np.array(contributions[at : at + len(group)])
+        items = None if parts is None else np.array(parts[at : at + len(group)])
         samples.append(sample([int(r["seed"]) for r in group], [float(r["test"]) for r in group], items))
         at += len(group)
-    count = None if contributions is None else len(contributions[0])
+    count = None if parts is None else len(parts[0])
     return Panel(rows, bool(rows[0]["greater_is_better"]), samples, count, reason)
 
 
-def _contributions(records: Sequence[Record], runs: Sequence[Row]) -> tuple[list[Array] | None, str]:
+def contributions(records: Sequence[Record], runs: Sequence[Row]) -> tuple[list[Array] | None, str]:
     """Return contributions of items to each run's metric, or None and why there are none."""
     items = [dig(record, ("quality", "items", "test")) for record in records]
     without = sum(not one for one in items)

@@ -202,13 +202,17 @@ def finish(outcome: Outcome, quiet: bool, report: bool) -> int:
     return 1 if bad or outcome.errors else 0
 
 
-def write_report(store: Store) -> list[Path]:
-    """Write the report of all records of a store, and that of its search where there is one, and print the paths."""
+def write_report(store: Store, further: Sequence[Any] = ()) -> list[Path]:
+    """Write the report of all records of a store, and that of its search where there is one, and print the paths.
+
+    Args:
+        further: sections of the report beside those of a search (`peftbench.analysis.html.Section`).
+    """
     from peftbench.analysis import html, search_report
     from peftbench.analysis.report import write_report as write
 
     records, sections = search_report.for_report(store.folder, store.records())
-    paths = write(records, store.folder, vocabulary.defaults(records), sections)
+    paths = write(records, store.folder, vocabulary.defaults(records), [*sections, *further])
     for line in [*report_lines(paths), *filter(None, [html.missing()])]:
         print(line)
     return paths
