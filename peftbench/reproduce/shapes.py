@@ -20,11 +20,11 @@ HEAD_ENDINGS = ("classifier", "score")
 @functools.cache
 def config_of(model: str, depth: int | None = None) -> Any:
     """Return the `transformers` config of a reported architecture, or of its first `depth` layers."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    import transformers
 
     facts = dict(published.architectures()[model])
     wanted = facts.pop("config_class")
-    found = next((cls for cls in CONFIG_MAPPING.values() if cls.__name__ == wanted), None)
+    found = getattr(transformers, wanted, None)
     if found is None:
         raise UserError(f"{model}: this transformers has no {wanted}")
     config = found(**facts)
