@@ -25,6 +25,7 @@ examples:
   python -m peftbench search task=rte method=lora 'train.learning_rate=tag(log,interval(1e-4,1e-2))' method.rank=4,8,16
   python -m peftbench search task=rte method=lora search.pruner=successive_halving train.evaluate_every=40
   python -m peftbench search task=rte method=lora,vera search.objectives=quality,adapter_parameters search.sampler=nsga2
+  python -m peftbench search protocol=equal_budget task=rte method=lora,dora,ia3 search.final_seeds=5
   python -m peftbench search task=rte method=lora search.workers=4 search.storage=postgresql://user@host/optuna
 
 search.trials=32           of each method
@@ -37,6 +38,13 @@ search.seed=0              of the sampler
 search.storage=sqlite      journal, or a database's URL; the first two are files of the results folder
 search.workers=1           processes on this machine; the same command started several times works too
 search.heartbeat=60        seconds between signs of life of workers
+
+protocol=equal_budget      tunes all methods at the same expense, runs each one's best settings again on new seeds, and
+                           compares these runs on test (docs/fair-comparison.md):
+  search.final_seeds=5     of each method, none of which a trial had
+  search.budget=trials     or parameters search.target_parameters=300k, wall_clock search.seconds=600,
+                           memory search.memory=8GiB, flops search.target_flops=1e15 (or train.steps)
+  search.tolerance=0.1     share by which what is held equal may be missed
 
 The other keys are those of sweep (python -m peftbench sweep --help). A key given one value is fixed, one of method.* or
 train.* given several is searched over these. Records go to <results>/<sweep.name>/runs, the best configurations to
