@@ -434,6 +434,14 @@ def test_every_run_has_a_view(browser):
     assert browser.get_log("browser") == []
 
 
+def test_tasks_that_cost_differently_have_bars_of_their_own(browser):
+    drawn(browser, "memory")
+    bars = "return document.getElementById('memory-chart').data[0].y"
+    names = browser.execute_script(bars)
+    assert len(names) == len(set(names)) == 8  # the made-up records have a profile a task
+    assert "ia3 (cola)" in names
+
+
 def test_structure_is_that_of_an_accessible_page(browser):
     until(browser, "return document.getElementById('main').checkVisibility()")
     for name in CHARTS:

@@ -156,6 +156,11 @@
     return element("div", {}, shown, button, status);
   }
 
+  /** A command for a hover text; of one for each of several tasks the first. */
+  function commandLines(text) {
+    const lines = text.split("\n");
+    return ["", wrapped(lines[0], narrow() ? 38 : 72), ...(lines.length > 1 ? [`and ${lines.length - 1} more: select the point`] : [])];
+  }
   const wrapped = (text, width) =>
     String(text).split("\n").map((line) => line.split(" ").reduce((lines, word) => {
       if (lines.length && (lines.at(-1) + " " + word).length <= width) lines[lines.length - 1] += " " + word;
@@ -271,7 +276,7 @@
       ...[x, y].map((a) => `${escaped(a.title.replace(/ \([^)]*\)$/, ""))}: ${escaped(a.text(p))}`),
       ...(p.low !== null ? [`95 % interval [${score(p.low)}, ${score(p.high)}]`] : []),
       `${p.seeds} seeds` + (p.lost ? `, ${p.lost} lost` : "") + (p.lr !== null ? `, learning rate ${p.lr}` : "") + (p.rank !== null ? `, rank ${p.rank}` : ""),
-      `<br>${wrapped(p.command, narrow() ? 38 : 72)}`,
+      ...commandLines(p.command),
     ].join("<br>");
 
     charts.pareto = async () => {
@@ -439,7 +444,8 @@
     charts.memory = async () => {
       if (!rows.length) return nothing("memory", "No run has its memory by component.");
       const mine = rows.filter((r) => host(r) === ($("memory-controls").elements.host.value || hosts[0])).sort((a, b) => b.peak - a.peak);
-      const names = mine.map((r) => r.variant);
+      // Tasks of one shape that cost differently (another number of labels) have bars of their own.
+      const names = mine.map((r) => (mine.filter((o) => o.variant === r.variant).length > 1 ? `${r.variant} (${r.tasks})` : r.variant));
       const [factor, suffix] = UNITS.bytes.find(([s]) => Math.max(...mine.map((r) => r.peak)) >= s);
       const traces = parts.map(([part, colour]) => ({
         type: "bar", orientation: "h", name: part, y: names, x: mine.map((r) => r[part] / factor), marker: { color: colour },
@@ -448,7 +454,7 @@
       traces.push({ type: "scatter", mode: "markers", name: "peak", y: names, x: mine.map((r) => r.peak / factor), marker: { symbol: "line-ns", size: 13, line: { width: 2, color: css("--ink") } }, hoverinfo: "skip" });
       await draw("memory", traces, { barmode: "stack", height: 150 + 20 * mine.length, legend: { orientation: "h", y: 1.02, yanchor: "bottom" }, margin: { l: 8, r: 12, t: 40, b: 48 }, xaxis: { title: { text: `memory at the peak (${suffix.trim()})` } }, yaxis: { type: "category", dtick: 1, tickfont: { size: narrow() ? 9 : 11 } } });
       caption("memory", "Marks: the peak as plain steps have it; the components come from one recorded step and miss it by the residual.");
-      data("memory", table(host(mine[0]), ["method", "peak", ...parts.map(([p]) => p), "residual"], [...mine].reverse().map((r) => [r.variant, human(r.peak, "bytes"), ...parts.map(([p]) => human(r[p], "bytes")), human(r.residual, "bytes")])));
+      data("memory", table(host(mine[0]), ["method", "peak", ...parts.map(([p]) => p), "residual"], [...mine].reverse().map((r) => [names[mine.indexOf(r)], human(r.peak, "bytes"), ...parts.map(([p]) => human(r[p], "bytes")), human(r.residual, "bytes")])));
     };
   }
 
