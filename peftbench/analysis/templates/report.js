@@ -525,7 +525,7 @@
     const { rows, parts } = await runs();
     const at = rows.findIndex((r) => r.id === id);
     document.body.dataset.view = "run";
-    $("main").hidden = true;
+    $("overview").hidden = true;
     $("run-view").hidden = false;
     $("h-run").textContent = at < 0 ? "No such run" : id;
     const body = $("run-body");
@@ -588,7 +588,7 @@
     if (document.body.dataset.view !== "run") return;
     delete document.body.dataset.view;
     $("run-view").hidden = true;
-    $("main").hidden = false;
+    $("overview").hidden = false;
     seen.delete("trace");
     document.title = title;
     $(location.hash.slice(1) || "main")?.scrollIntoView();
@@ -634,6 +634,11 @@
     document.querySelectorAll("[data-chart]").forEach((place) => watch.observe(place));
     watch.observe($("runs-list"));
     window.addEventListener("hashchange", route);
+    document.querySelector(".skip").addEventListener("click", (event) => {
+      if (document.body.dataset.view !== "run") return;
+      event.preventDefault(); // the content is the run, not the overview
+      $("h-run").focus();
+    });
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => seen.forEach(again));
     let small = narrow();
     window.addEventListener("resize", () => small !== narrow() && ((small = narrow()), seen.forEach(again)));
