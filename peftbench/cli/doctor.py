@@ -29,6 +29,7 @@ OPTIONAL = {
     "bitsandbytes": "gpu",
     "triton": "gpu",
     "nvidia-ml-py": "gpu",
+    "psycopg": "postgres",
     "hydra-joblib-launcher": "joblib",
     "hydra-submitit-launcher": "slurm",
     "hydra-ray-launcher": "ray",

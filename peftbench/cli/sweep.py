@@ -38,7 +38,7 @@ groups:    model=  method=  task=  train=  profile=     (python -m peftbench mod
 settings:  method.rank= method.alpha= ...  train.steps= train.epochs= train.batch_size= train.learning_rate=
            train.max_length= train.precision=fp32|bf16 train.dropout=<p>|null ...
            train.execution=eager|compiled|graphs|compiled_graphs  seed=  protocol=held_out|paper
-the sweep: experiment=  results=<folder>  sweep.name=<name>  pack=auto|<n>  device=auto|cpu|cuda
+the sweep: experiment=<name or file.yaml>  results=<folder>  sweep.name=<name>  pack=auto|<n>  device=auto|cpu|cuda
            retry_failed=true  save_adapters=true
 
 A run whose predicted memory exceeds the device's is refused before anything starts, unless with --force.

@@ -190,7 +190,7 @@ def _add(prepared: Prepared, point: Point, axes: Sequence[Axis]) -> None:
         held=held,
     )
     if any(other.name == about.name for other in prepared.abouts):
-        raise UserError(f"method={method}: named twice")
+        raise UserError(f"model={point['model']}: another model of this search is named {about.model} too")
     prepared.abouts.append(about)
     prepared.points.append(point)
     prepared.specs.append(spec)
