@@ -14,6 +14,10 @@ from peftbench.analysis.report import write_report
 from peftbench.analysis.tables import terminal_tables
 from peftbench.errors import UserError
 from peftbench.search import STUDY_ATTRIBUTES, TRIAL_ATTRIBUTES, samplers
+from peftbench.search.settings import SearchConfig
+from peftbench.search.space import Axis
+from peftbench.search.storage import open_storage
+from peftbench.search.studies import About, Study
 from peftbench.search.work import spent, values_of
 from peftbench.store import Store
 
@@ -288,13 +292,25 @@ def test_brackets_begin_to_prune_later_and_hold_fewer_trials():
     assert not any(band.prune(Fake([0.9], [0.9]), t) for t in alone)  # its bracket's first rung is at 30
 
 
-@pytest.mark.parametrize("pruner", ["successive_halving", "hyperband", "median"])
+def test_the_median_of_complete_trials_prunes_what_lies_below_it(tmp_path):
+    about = About("s", "lora", "m", "t", "accuracy", True, (Axis("train.learning_rate", 1e-4, 1e-2),), {})
+    config = SearchConfig(pruner="median")
+    one = Study(about, config, open_storage("sqlite", tmp_path), True)
+    for trial, value in zip(one.ask(4), (0.1, 0.3, 0.5, 0.7), strict=True):
+        one.report(trial, 10, value)
+        assert not one.prunes(trial)  # too few are complete
+        one.tell(trial, TrialState.COMPLETE, [value], {})
+    worse, better = one.ask(2)
+    one.report(worse, 10, 0.39)
+    one.report(better, 10, 0.41)
+    assert one.prunes(worse)
+    assert not one.prunes(better)
+
+
+@pytest.mark.parametrize("pruner", ["successive_halving", "hyperband"])
 def test_pruned_trials_leave_the_pack_with_a_record(pruner, capsys):
-    # the median is that of trials that are complete, so those of later batches are pruned
-    sizes = {"median": (16, 4, 12, 2)}.get(pruner, (12, 6, 8, 1))
-    keys = ("search.trials", "search.batch", "train.steps", "search.seed")
-    search("method=lora", f"search.pruner={pruner}", "train.learning_rate=tag(log,interval(1e-6,3))",
-           *(f"{key}={value}" for key, value in zip(keys, sizes, strict=True)))  # fmt: skip
+    search("method=lora", f"search.pruner={pruner}", "search.trials=12", "search.batch=6", "train.steps=8",
+           "train.learning_rate=tag(log,interval(1e-6,3))", "search.seed=1")  # fmt: skip
     one, found = study(), records()
     pruned = [t for t in one.trials if t.state == TrialState.PRUNED]
     assert pruned
@@ -303,7 +319,7 @@ def test_pruned_trials_leave_the_pack_with_a_record(pruner, capsys):
         record = found[trial.user_attrs["run_id"]]
         assert record["status"] == trial.user_attrs["status"] == "pruned"
         made = len(record["trace"]["loss"])
-        assert made == max(trial.intermediate_values) < sizes[2]
+        assert made == max(trial.intermediate_values) < 8
         assert record["quality"]["stopped"]["step"] == made
         assert record["quality"]["stopped"]["reason"].startswith(f"pruned by {pruner}: accuracy")
         assert "test" not in record["quality"]
