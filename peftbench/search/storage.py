@@ -7,6 +7,7 @@ import fcntl
 import importlib.util
 import logging
 import re
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
+from sqlalchemy.exc import SQLAlchemyError
 
 from peftbench.errors import UserError
 from peftbench.search import FOLDER
@@ -47,7 +49,11 @@ def open_storage(storage: str, folder: Path) -> BaseStorage:
         if storage == "sqlite":
             # workers wait for each other's writes
             return RDBStorage(described(storage, folder), engine_kwargs={"connect_args": {"timeout": 60}})
-        return RDBStorage(_with_driver(storage), engine_kwargs={"pool_pre_ping": True})
+        try:
+            return RDBStorage(_with_driver(storage), engine_kwargs={"pool_pre_ping": True})
+        except (SQLAlchemyError, optuna.exceptions.StorageInternalError):
+            time.sleep(1.0)  # two machines may have begun to make the tables of a new database at the same time
+            return RDBStorage(_with_driver(storage), engine_kwargs={"pool_pre_ping": True})
     except ImportError as error:
         hint = "; pip install 'peftbench[postgres]'" if storage.startswith("postgres") else ""
         reason = str(error).splitlines()[0]
