@@ -257,6 +257,8 @@ class Packing:
         known: Curve = {} if kept is None else _read(kept)
         if known and best(known) >= runs:
             curve, ended = known, "runs"
+        elif kept is not None and known and kept.get("runs", 0) >= runs:
+            curve, ended = known, str(kept["ended"])  # a group no larger than the one it was measured for
         else:
             curve, ended = self._measured(members, key, known)
         size = best(curve) if curve else 1
@@ -311,6 +313,7 @@ class Packing:
             "alone_seconds": [curve[size].alone for size in sizes],
             "chosen": best(curve),
             "ended": ended,
+            "runs": len(members),
             "device_kind": first.identity["device_kind"],
             "versions": _versions(),
         }

@@ -50,6 +50,8 @@ needs_minilm = pytest.mark.skipif(
 PUBLISHED = {
     "minilm-l6": ("head", "pooler", 22_713_216),
     "bert-base": ("head", "pooler", 109_482_240),
+    "bert-large-uncased": ("head", "pooler", 335_141_888),
+    "bert-large-cased": ("head", "pooler", 333_579_264),
     "roberta-base": ("head", "pooler", 124_645_632),
     "roberta-large": ("head", "pooler", 355_359_744),
     "deberta-v3-base": ("head", "first", 183_831_552),
