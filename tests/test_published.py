@@ -41,7 +41,7 @@ def test_rows_are_whole_and_say_nothing_of_a_machine(name):
         for column, text in row.items():
             assert text is not None, f"{name}: {row[KEYS[name]]} lacks {column}"
             assert text == text.strip()
-            assert not re.search(r"/work/|/tmp/|/home/|file id|corpus|\bTODO\b", text), (name, text)
+            assert not re.search(r"file://|/(?:home|root|mnt|tmp)/|\bTODO\b", text), (name, text)
 
 
 def test_every_value_has_what_a_reader_needs():
