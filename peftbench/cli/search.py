@@ -108,12 +108,13 @@ def _report(prepared: "Prepared", studies: Sequence["Study"]) -> None:
     """Write the search's own report and print its path."""
     from peftbench.analysis.search_report import write_search_report
     from peftbench.analysis.studies import of_optuna
-    from peftbench.search.storage import OWN
+    from peftbench.search.storage import OWN, locked
     from peftbench.store import Store
 
     # A file of the folder may hold studies of earlier commands too.
     found = None if prepared.config.storage in OWN else [of_optuna(study.optuna) for study in studies]
-    written = write_search_report(prepared.folder, Store(prepared.folder).records(), found)
+    with locked(prepared.folder):  # workers that end together write the same report
+        written = write_search_report(prepared.folder, Store(prepared.folder).records(), found)
     if written:
         print(f"report: {written[0]}")
 
