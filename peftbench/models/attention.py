@@ -24,6 +24,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peftbench.errors import UserError
+from peftbench.kernels.attention import fits, short_attention
 
 ATTENTION = "peftbench_sdpa"
 """Name of attention and mask functions in `transformers`' registries."""
@@ -47,10 +48,9 @@ def prefixable_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """SDPA on query [rows, H, T, D_head], key and value [rows, H_kv, T', D_head]; every query sees the whole prefix."""
-    inner = ALL_ATTENTION_FUNCTIONS["sdpa"]
     prefixed = module.__dict__.get(PREFIX)
     if prefixed is None:
-        return cast("tuple[Tensor, Tensor | None]", inner(module, query, key, value, attention_mask, **kwargs))
+        return _attend(module, query, key, value, attention_mask, **kwargs)
     queries, own = query.shape[2], key.shape[2]
     key, value, length = prefixed(key, value)
     if length:
@@ -66,7 +66,33 @@ def prefixable_attention(
         bias = kwargs.get("position_bias")
         if bias is not None:
             kwargs["position_bias"] = torch.cat([bias.new_zeros((*bias.shape[:-1], length)), bias], dim=-1)
+    return _attend(module, query, key, value, attention_mask, **kwargs)
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """SDPA, or our own kernel where every query sees the same few keys.
+
+    cuDNN's attention, which PyTorch takes for masked halves on newer GPUs, plans each new shape for a second.
+    """
+    if _plain(module, attention_mask, kwargs):
+        dropout = kwargs.get("dropout", 0.0)
+        if fits(query, key, value, attention_mask, dropout):
+            scale = kwargs.get("scaling")
+            scale = query.shape[3] ** -0.5 if scale is None else scale
+            return short_attention(query, key, value, attention_mask, scale, dropout).transpose(1, 2), None
+    inner = ALL_ATTENTION_FUNCTIONS["sdpa"]
     return cast("tuple[Tensor, Tensor | None]", inner(module, query, key, value, attention_mask, **kwargs))
+
+
+def _plain(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    """Return whether this is neither causal nor asks for anything beyond scores, a bias by key and dropout."""
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if (mask is None and causal) or torch.compiler.is_compiling():
+        return False
+    return all(kwargs.get(name) is None for name in ("position_bias", "cache", "softcap", "s_aux"))
 
 
 def shape_only_mask(*args: Any, **kwargs: Any) -> Tensor | None:
