@@ -1,6 +1,8 @@
 """Metrics against scikit-learn, SciPy, sacrebleu and values worked out by hand, and where they are undefined."""
 
 import math
+import subprocess
+import sys
 
 import evaluate
 import numpy
@@ -20,9 +22,30 @@ def value(name, predictions, references):
     return metrics.compute([name], predictions, references)[name]
 
 
-def test_every_metric_is_an_evaluate_metric_with_its_own_name():
-    for name in metrics.METRICS:
-        assert isinstance(metrics.load(name), evaluate.Metric)
+TEXTS = ["a b c d", "the cat sat"], [["a c d", "x"], ["the cat sat on it"]]
+INPUTS = {
+    "classes": CLASSES,
+    "numbers": VALUES,
+    "text": (["18", "3"], ["18", "4"]),
+    "text and references": TEXTS,
+}
+
+
+@pytest.mark.parametrize("name", metrics.METRICS)
+def test_every_metric_is_an_evaluate_metric_with_its_own_name_that_says_what_the_function_says(name):
+    metric = metrics.load(name)
+    assert isinstance(metric, evaluate.Metric)
+    predictions, references = INPUTS[metrics.METRICS[name].holds]
+    found = metric.compute(predictions=predictions, references=references)
+    assert found == metrics.compute([name], predictions, references)
+    assert found[name] is not None
+
+
+def test_judging_runs_needs_no_tables():
+    """The packages behind them take a second to import."""
+    code = "import sys; from peftbench.tasks.metrics import compute; compute(['accuracy'], [1], [1])"
+    code += "; assert not {'evaluate', 'datasets', 'pyarrow'} & set(sys.modules), 'imported'"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_classification_metrics_agree_with_scikit_learn():

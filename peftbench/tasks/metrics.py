@@ -1,139 +1,78 @@
-"""Metrics as `evaluate.Metric` classes that need neither the network nor a script from the hub.
+"""Metrics that need neither the network nor a script from the hub: functions, and `evaluate.Metric`s that call them.
 
-Each has the name and result key of its counterpart on the hub and takes ``compute(predictions=..., references=...)``.
+Each has the name and result key of its counterpart on the hub. A run's predictions are judged by the functions
+(`compute`): what `evaluate` adds, a table of the predictions in Arrow, takes longer than most metrics, and a sweep
+judges every run of a pack after every epoch. `load` gives the `evaluate.Metric`, for ``compute(predictions=...,
+references=...)`` and whatever else takes one.
+
 Undefined values are None, never nan: a correlation is None when either side is constant or a prediction is not finite.
 Matthews is 0.0 for constant predictions and F1 is 0.0 without true positives, as scikit-learn defines them.
 """
 
+from __future__ import annotations
+
 import math
 import os
 import tempfile
-from collections.abc import Sequence
-from typing import Any
-
-import datasets
-import evaluate
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftbench.errors import UserError, nearest
 
-INTEGER = {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-NUMBER = {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
-TEXT = {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
-TEXTS = {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
+if TYPE_CHECKING:
+    import evaluate
 
 
-class LocalMetric(evaluate.Metric):
-    """A metric computed in memory; subclasses give `description`, `citation`, `columns` and `_compute`."""
-
-    description = ""
-    citation = ""
-    columns: dict[str, Any] = INTEGER
-
-    def __init__(self) -> None:
-        # `evaluate` makes its folder even for metrics kept in memory; a temporary one also works without a home.
-        folder = os.path.join(tempfile.gettempdir(), f"peftbench-metrics-{os.getuid() if hasattr(os, 'getuid') else 0}")
-        super().__init__(keep_in_memory=True, cache_dir=folder, seed=0)
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=self.description,
-            citation=self.citation,
-            inputs_description="",
-            features=datasets.Features(self.columns),
-        )
+def accuracy(predictions: Sequence[int], references: Sequence[int]) -> float:
+    """Return the share of predictions equal to their reference."""
+    return sum(p == r for p, r in zip(predictions, references, strict=True)) / len(references)
 
 
-class Accuracy(LocalMetric):
-    """Share of predictions equal to their reference."""
+def f1(predictions: Sequence[int], references: Sequence[int]) -> float:
+    """Return the harmonic mean of precision and recall of class 1; 0.0 when there is no true positive."""
+    from sklearn.metrics import f1_score
 
-    description = "Share of predictions equal to their reference."
-
-    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float | None]:
-        hits = sum(p == r for p, r in zip(predictions, references, strict=True))
-        return {"accuracy": hits / len(references)}
+    return float(f1_score(references, predictions, pos_label=1, average="binary", zero_division=0.0))
 
 
-class F1(LocalMetric):
-    """Harmonic mean of precision and recall of class 1; 0.0 when there is no true positive."""
+def matthews_correlation(predictions: Sequence[int], references: Sequence[int]) -> float:
+    """Return Matthews' correlation coefficient; 0.0 when predictions or references are constant."""
+    from sklearn.metrics import matthews_corrcoef
 
-    description = "F1 of class 1, as GLUE reports it for MRPC and QQP."
-
-    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float | None]:
-        from sklearn.metrics import f1_score
-
-        return {"f1": float(f1_score(references, predictions, pos_label=1, average="binary", zero_division=0.0))}
+    return float(matthews_corrcoef(references, predictions))
 
 
-class MatthewsCorrelation(LocalMetric):
-    """Matthews correlation coefficient; 0.0 when predictions or references are constant."""
+def pearson(predictions: Sequence[float], references: Sequence[float]) -> float | None:
+    """Return Pearson's correlation; None when undefined."""
+    from scipy.stats import pearsonr
 
-    description = "Matthews correlation coefficient, as GLUE reports it for CoLA."
-    citation = "Matthews 1975, Biochimica et Biophysica Acta 405(2)"
-
-    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float | None]:
-        from sklearn.metrics import matthews_corrcoef
-
-        return {"matthews_correlation": float(matthews_corrcoef(references, predictions))}
+    if not _correlatable(predictions, references):
+        return None
+    return _finite(pearsonr(predictions, references).statistic)
 
 
-def _correlatable(predictions: Sequence[float], references: Sequence[float]) -> bool:
-    finite = all(math.isfinite(value) for values in (predictions, references) for value in values)
-    return finite and len(set(predictions)) > 1 and len(set(references)) > 1
+def spearmanr(predictions: Sequence[float], references: Sequence[float]) -> float | None:
+    """Return Spearman's rank correlation with ties averaged; None when undefined."""
+    from scipy.stats import spearmanr as correlation
+
+    if not _correlatable(predictions, references):
+        return None
+    return _finite(correlation(predictions, references).statistic)
 
 
-class Pearson(LocalMetric):
-    """Pearson correlation; None when undefined."""
-
-    description = "Pearson correlation, as GLUE reports it for STS-B."
-    columns = NUMBER
-
-    def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float | None]:
-        from scipy.stats import pearsonr
-
-        if not _correlatable(predictions, references):
-            return {"pearson": None}
-        return {"pearson": _finite(pearsonr(predictions, references).statistic)}
+def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Return the share of predicted strings equal to their reference, character by character."""
+    return sum(p == r for p, r in zip(predictions, references, strict=True)) / len(references)
 
 
-class Spearman(LocalMetric):
-    """Spearman rank correlation with ties averaged; None when undefined."""
+def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Return corpus BLEU in [0, 100] by sacrebleu (13a tokens, exponential smoothing), any references an item."""
+    from sacrebleu.metrics import BLEU
 
-    description = "Spearman rank correlation, as GLUE reports it for STS-B."
-    columns = NUMBER
-
-    def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float | None]:
-        from scipy.stats import spearmanr
-
-        if not _correlatable(predictions, references):
-            return {"spearmanr": None}
-        return {"spearmanr": _finite(spearmanr(predictions, references).statistic)}
-
-
-class ExactMatch(LocalMetric):
-    """Share of predicted strings equal to their reference."""
-
-    description = "Share of predicted strings equal to their reference, character by character."
-    columns = TEXT
-
-    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float | None]:
-        hits = sum(p == r for p, r in zip(predictions, references, strict=True))
-        return {"exact_match": hits / len(references)}
-
-
-class Bleu(LocalMetric):
-    """Corpus BLEU in [0, 100] by sacrebleu (13a tokens, exponential smoothing), any number of references per item."""
-
-    description = "Corpus BLEU (sacrebleu, 13a tokens), from 0 to 100."
-    citation = "Papineni et al. 2002; Post 2018, arXiv:1804.08771"
-    columns = TEXTS
-
-    def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float | None]:
-        from sacrebleu.metrics import BLEU
-
-        # sacrebleu wants one stream per reference position, with None where an item has fewer references.
-        depth = max(len(each) for each in references)
-        streams: list[Any] = [[each[i] if i < len(each) else None for each in references] for i in range(depth)]
-        return {"bleu": float(BLEU().corpus_score(list(predictions), streams).score)}
+    # sacrebleu wants one stream per reference position, with None where an item has fewer references.
+    depth = max(len(each) for each in references)
+    streams: list[Any] = [[each[i] if i < len(each) else None for each in references] for i in range(depth)]
+    return float(BLEU().corpus_score(list(predictions), streams).score)
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
@@ -144,45 +83,101 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     return float(scorer.score_multi(list(references), prediction)["rougeL"].fmeasure)
 
 
-class RougeL(LocalMetric):
-    """Mean over items of the best ROUGE-L F-measure against the item's references, in [0, 1]."""
-
-    description = "Mean ROUGE-L F-measure (rouge-score, stemmed), best of an item's references, from 0 to 1."
-    citation = "Lin 2004, Text Summarization Branches Out"
-    columns = TEXTS
-
-    def _compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float | None]:
-        scores = [rouge_l(p, r) for p, r in zip(predictions, references, strict=True)]
-        return {"rouge_l": sum(scores) / len(scores)}
+def mean_rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Return the mean over items of the best ROUGE-L F-measure against the item's references, in [0, 1]."""
+    return sum(rouge_l(p, r) for p, r in zip(predictions, references, strict=True)) / len(references)
 
 
-METRICS: dict[str, type[LocalMetric]] = {
-    "accuracy": Accuracy,
-    "f1": F1,
-    "matthews_correlation": MatthewsCorrelation,
-    "pearson": Pearson,
-    "spearmanr": Spearman,
-    "exact_match": ExactMatch,
-    "bleu": Bleu,
-    "rouge_l": RougeL,
+class Metric(NamedTuple):
+    """A metric: its function of predictions and references, what these hold, and what is said of it."""
+
+    function: Callable[[Sequence[Any], Sequence[Any]], float | None]
+    holds: str
+    description: str
+    citation: str = ""
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric(accuracy, "classes", "Share of predictions equal to their reference."),
+    "f1": Metric(f1, "classes", "F1 of class 1, as GLUE reports it for MRPC and QQP."),
+    "matthews_correlation": Metric(
+        matthews_correlation,
+        "classes",
+        "Matthews correlation coefficient, as GLUE reports it for CoLA.",
+        "Matthews 1975, Biochimica et Biophysica Acta 405(2)",
+    ),
+    "pearson": Metric(pearson, "numbers", "Pearson correlation, as GLUE reports it for STS-B."),
+    "spearmanr": Metric(spearmanr, "numbers", "Spearman rank correlation, as GLUE reports it for STS-B."),
+    "exact_match": Metric(
+        exact_match, "text", "Share of predicted strings equal to their reference, character by character."
+    ),
+    "bleu": Metric(
+        bleu,
+        "text and references",
+        "Corpus BLEU (sacrebleu, 13a tokens), from 0 to 100.",
+        "Papineni et al. 2002; Post 2018, arXiv:1804.08771",
+    ),
+    "rouge_l": Metric(
+        mean_rouge_l,
+        "text and references",
+        "Mean ROUGE-L F-measure (rouge-score, stemmed), best of an item's references, from 0 to 1.",
+        "Lin 2004, Text Summarization Branches Out",
+    ),
 }
 
 
-def load(name: str) -> LocalMetric:
-    """Return a fresh metric by name; UserError for an unknown one."""
-    if name not in METRICS:
-        raise UserError(f"metric {name!r}: expected one of {', '.join(METRICS)}{nearest(name, METRICS)}")
-    return METRICS[name]()
+def load(name: str) -> evaluate.Metric:
+    """Return a metric as a fresh `evaluate.Metric`, computed in memory; UserError for an unknown name."""
+    import datasets
+    import evaluate
+
+    metric = _named(name)
+    classes, numbers, text = (datasets.Value(kind) for kind in ("int64", "float64", "string"))
+    predictions, references = {
+        "classes": (classes, classes),
+        "numbers": (numbers, numbers),
+        "text": (text, text),
+        "text and references": (text, datasets.Sequence(text)),
+    }[metric.holds]
+
+    class Local(evaluate.Metric):  # type: ignore[misc, unused-ignore]
+        def _info(self) -> evaluate.MetricInfo:
+            return evaluate.MetricInfo(
+                description=metric.description,
+                citation=metric.citation,
+                inputs_description="",
+                features=datasets.Features({"predictions": predictions, "references": references}),
+            )
+
+        def _compute(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float | None]:
+            return {name: metric.function(predictions, references)}
+
+    # `evaluate` makes its folder even for metrics kept in memory; a temporary one also works without a home.
+    folder = os.path.join(tempfile.gettempdir(), f"peftbench-metrics-{os.getuid() if hasattr(os, 'getuid') else 0}")
+    return Local(keep_in_memory=True, cache_dir=folder, seed=0)
 
 
 def compute(names: Sequence[str], predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float | None]:
-    """Return metric name → value for several metrics over the same items; every value None when there are no items."""
+    """Return metric name → value for several metrics over the same items; every value None when there are no items.
+
+    Raises:
+        UserError: an unknown metric.
+    """
+    metrics = {name: _named(name) for name in names}
     if not references:
         return dict.fromkeys(names)
-    values: dict[str, float | None] = {}
-    for name in names:
-        values |= load(name).compute(predictions=list(predictions), references=list(references))
-    return values
+    return {name: metric.function(list(predictions), list(references)) for name, metric in metrics.items()}
+
+
+def _named(name: str) -> Metric:
+    if name not in METRICS:
+        raise UserError(f"metric {name!r}: expected one of {', '.join(METRICS)}{nearest(name, METRICS)}")
+    return METRICS[name]
+
+
+def _correlatable(predictions: Sequence[float], references: Sequence[float]) -> bool:
+    finite = all(math.isfinite(value) for values in (predictions, references) for value in values)
+    return finite and len(set(predictions)) > 1 and len(set(references)) > 1
 
 
 def _finite(value: float) -> float | None:
