@@ -82,6 +82,7 @@ def shrunk(point: dict[str, Any]) -> dict[str, list[Any]]:
     kept |= {"model": family(str(point["model"])), "task": "tiny", "profile": "skip", "train.steps": 1}
     kept |= {"task.formulation": "text"} if text else {}
     kept |= {"train.max_length": 64, "train.batch_size": 2, "train.precision": "fp32", "seed": 0}
+    kept["train.execution"] = "eager"
     kept = {k: v for k, v in kept.items() if k not in ("train.epochs", "train.evaluate_every")}
     for key, most in SMALL.items():
         if isinstance(kept.get(f"method.{key}"), int):

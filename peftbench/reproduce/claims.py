@@ -4,8 +4,10 @@ Each rule was written down before any run. A rule sees the completed runs of the
 *claim holds*, *claim contradicted* or *claim undecided*. Over several tasks a claim holds if it does on all, and is
 contradicted if it is on one. Scores are in points (a metric times 100; losses in nats, smaller is better, stay as they
 are and margins are then a hundredth). Learning rates are always chosen on validation, results compared on test.
-Intervals are 95 %, of the difference of two means over seeds that have nothing to do with each other (Welch), see
-`analysis.intervals`; with fewer than two seeds on a side nothing is decided.
+Intervals are those of the difference of two means over seeds that have nothing to do with each other (Welch), see
+`analysis.intervals`, wide enough for all that a claim compares to hold together at 95 % (Bonferroni, over tasks as
+well); with fewer than two seeds on a side nothing is decided. Where a best learning rate is at an edge of its grid, the
+side might do better still, and what that could overturn is not said.
 """
 
 from __future__ import annotations
@@ -85,10 +87,26 @@ def best(candidates: Sequence[Arm]) -> Arm:
     return max((a for a in candidates if len(a.validation) == most), key=lambda a: a.merit)
 
 
-def interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float] | None:
-    """Return the ends of the interval of mean(first) − mean(second); None with a single seed on a side."""
+def interval(first: Sequence[float], second: Sequence[float], comparisons: int = 1) -> tuple[float, float] | None:
+    """Return the ends of the interval of mean(first) − mean(second); None with a single seed on a side.
+
+    It is one of so many `comparisons` that shall hold together.
+    """
     samples = [intervals.sample(range(len(side)), list(side)) for side in (first, second)]
-    return intervals.interval(intervals.difference(samples[0], samples[1]))
+    confidence = 1 - (1 - intervals.CONFIDENCE) / max(comparisons, 1)
+    return intervals.interval(intervals.difference(samples[0], samples[1]), confidence)
+
+
+def at_edge(candidates: Sequence[Arm]) -> bool:
+    """Tell whether the best of three learning rates or more is the least or the largest."""
+    rates = [a.rate for a in candidates]
+    return len(set(rates)) > 2 and best(candidates).rate in (min(rates), max(rates))
+
+
+def reaches_edge(candidates: Sequence[Arm], rates: Sequence[float]) -> bool:
+    """Tell whether one of `rates` is the least or the largest of the candidates'."""
+    every = [a.rate for a in candidates]
+    return min(rates) == min(every) or max(rates) == max(every)
 
 
 def _ids(*chosen: Arm) -> tuple[str, ...]:
@@ -108,11 +126,14 @@ def _margin(found: Sequence[Arm], points: float) -> float:
     return points * found[0].point
 
 
-def rank_insensitive(found: Sequence[Arm], *, method: str, ranks: Sequence[int], margin: float) -> Found:
+def rank_insensitive(
+    found: Sequence[Arm], *, method: str, ranks: Sequence[int], margin: float, tasks: int = 1
+) -> Found:
     """Say whether no rank is worse than the best one by more than `margin`, each at its own learning rate.
 
-    Holds if every interval of (best rank − rank) ends below the margin, is contradicted if one begins above it. The
-    best rank is the best on validation.
+    Holds if every interval of (best rank − rank) ends at or below the margin and the best rank's learning rate is not
+    at an edge, is contradicted if one begins above it for a rank whose learning rate is not at an edge. The best rank
+    is the best on validation.
     """
     by_rank = {r: of(found, method, rank=r) for r in ranks}
     if lacking := [r for r, candidates in by_rank.items() if not candidates]:
@@ -120,96 +141,119 @@ def rank_insensitive(found: Sequence[Arm], *, method: str, ranks: Sequence[int],
     chosen = {r: best(candidates) for r, candidates in by_rank.items()}
     top = max(chosen, key=lambda r: chosen[r].merit)
     limit, ids = _margin(found, margin), _ids(*chosen.values())
-    ends = {r: interval(chosen[top].test, chosen[r].test) for r in ranks if r != top}
+    comparisons = tasks * (len(ranks) - 1)
+    ends = {r: interval(chosen[top].test, chosen[r].test, comparisons) for r in ranks if r != top}
     if any(e is None for e in ends.values()):
         return Found(UNDECIDED, "needs two seeds a rank", ids)
     known = {r: e for r, e in ends.items() if e is not None}
-    worst = max(known, key=lambda r: known[r][0])
-    if known[worst][0] > limit:
+    if beaten := [r for r, e in known.items() if e[0] > limit and not at_edge(by_rank[r])]:
+        worst = max(beaten, key=lambda r: known[r][0])
         return Found(CONTRADICTED, f"rank {top} beats rank {worst} by {_text(known[worst])}, more than {limit:g}", ids)
     widest = max(known, key=lambda r: known[r][1])
-    if known[widest][1] <= limit:
-        return Found(HOLDS, f"no rank is worse than rank {top} by more than {limit:g}", ids)
-    return Found(UNDECIDED, f"rank {top} over rank {widest}: {_text(known[widest])} reaches beyond {limit:g}", ids)
+    told = f"rank {top} over rank {widest}: {_text(known[widest])}"
+    if known[widest][1] > limit:
+        return Found(UNDECIDED, f"{told} reaches beyond {limit:g}", ids)
+    if at_edge(by_rank[top]):
+        return Found(UNDECIDED, f"{told}, but rank {top} is best at the edge of its learning rates", ids)
+    return Found(HOLDS, f"{told}, no rank is worse than rank {top} by more than {limit:g}", ids)
 
 
-def not_worse(found: Sequence[Arm], *, method: str, rank: int, reference: str, margin: float) -> Found:
+def _decided(holds: bool, contradicted: bool, mine: Sequence[Arm], theirs: Sequence[Arm]) -> tuple[str, str]:
+    """Return the verdict on `mine` against `theirs`, unless an edge could overturn it, and then a word on that."""
+    if holds and at_edge(theirs):
+        return UNDECIDED, "; the reference is best at the edge of its learning rates"
+    if contradicted and at_edge(mine):
+        return UNDECIDED, "; it is best at the edge of its learning rates"
+    return HOLDS if holds else CONTRADICTED if contradicted else UNDECIDED, ""
+
+
+def not_worse(found: Sequence[Arm], *, method: str, rank: int, reference: str, margin: float, tasks: int = 1) -> Found:
     """Say whether `method` is at most `margin` worse than `reference`, each at its own learning rate.
 
-    Holds if the interval of the difference begins above −margin, is contradicted if it ends below it.
+    Holds if the interval of the difference begins at or above −margin, is contradicted if it ends below it, neither
+    where the learning rate of the side that came off worse by that is at an edge.
     """
     sides = of(found, method, rank=rank), of(found, reference)
     if not all(sides):
         return _missing(reference if sides[0] else f"{method} at rank {rank}")
     mine, theirs = best(sides[0]), best(sides[1])
-    limit, ends = _margin(found, margin), interval(mine.test, theirs.test)
+    limit, ends = _margin(found, margin), interval(mine.test, theirs.test, tasks)
     if ends is None:
         return Found(UNDECIDED, "needs two seeds a side", _ids(mine, theirs))
-    verdict = HOLDS if ends[0] >= -limit else CONTRADICTED if ends[1] < -limit else UNDECIDED
-    return Found(verdict, f"{method} − {reference}: {_text(ends)}, margin {limit:g}", _ids(mine, theirs))
+    verdict, edge = _decided(ends[0] >= -limit, ends[1] < -limit, *sides)
+    return Found(verdict, f"{method} − {reference}: {_text(ends)}, margin {limit:g}{edge}", _ids(mine, theirs))
 
 
-def gain(found: Sequence[Arm], *, method: str, key: str, baseline: float, least: float) -> Found:
+def gain(found: Sequence[Arm], *, method: str, key: str, baseline: float, least: float, tasks: int = 1) -> Found:
     """Say whether the best value of the setting `key` gains over `baseline`, each at its own learning rate.
 
     The best value is the best on validation among those other than the baseline. Holds if the interval of the gain lies
-    above 0 and reaches `least`, is contradicted if it ends below `least`.
+    above 0 and reaches `least`, is contradicted if it ends below `least`, neither where the learning rate of the side
+    that came off worse by that is at an edge.
     """
     base = of(found, method, **{key: baseline})
     others = [a for a in of(found, method) if a.settings.get(key) != baseline]
     if not base or not others:
         return _missing(f"{key}={baseline:g}" if others else f"{key} other than {baseline:g}")
     mine, theirs = best(others), best(base)
-    limit, ends = _margin(found, least), interval(mine.test, theirs.test)
+    limit, ends = _margin(found, least), interval(mine.test, theirs.test, tasks)
     if ends is None:
         return Found(UNDECIDED, "needs two seeds a side", _ids(mine, theirs))
-    verdict = CONTRADICTED if ends[1] < limit else HOLDS if ends[0] > 0 else UNDECIDED
-    return Found(verdict, f"{key}={mine.settings[key]:g} gains {_text(ends)}, claimed {limit:g}", _ids(mine, theirs))
+    same = [a for a in others if a.settings[key] == mine.settings[key]]
+    verdict, edge = _decided(ends[0] > 0 and ends[1] >= limit, ends[1] < limit, same, base)
+    told = f"{key}={mine.settings[key]:g} gains {_text(ends)}, claimed {limit:g}{edge}"
+    return Found(verdict, told, _ids(mine, theirs))
 
 
-def better_at_largest(found: Sequence[Arm], *, method: str, reference: str) -> Found:
+def better_at_largest(found: Sequence[Arm], *, method: str, reference: str, tasks: int = 1) -> Found:
     """Say whether `method` beats `reference` at the largest rank that both have, at one learning rate.
 
     The rate is the one that suits the reference at its smallest rank. Holds if the interval of the difference lies
-    above 0, is contradicted if it lies below.
+    above 0, is contradicted if it lies below. What both give at their own best rates is said, and decides nothing.
     """
-    ranks = sorted({a.settings["rank"] for a in of(found, method)} & {a.settings["rank"] for a in of(found, reference)})
-    if len(ranks) < 2:
-        return _missing("two ranks of both methods")
-    rate = best(of(found, reference, rank=ranks[0])).rate
-    sides = [[a for a in of(found, name, rank=ranks[-1]) if a.rate == rate] for name in (method, reference)]
+    shared = {a.settings["rank"] for a in of(found, method)} & {a.settings["rank"] for a in of(found, reference)}
+    lowest = min((a.settings["rank"] for a in of(found, reference)), default=None)
+    if not shared or lowest is None or max(shared) == lowest:
+        return _missing("two ranks of the reference and the larger one of both methods")
+    largest = max(shared)
+    rate = best(of(found, reference, rank=lowest)).rate
+    curves = [of(found, name, rank=largest) for name in (method, reference)]
+    sides = [[a for a in curve if a.rate == rate] for curve in curves]
     if not all(sides):
-        return _missing(f"both methods at rank {ranks[-1]} and learning rate {rate:g}")
-    ends = interval(sides[0][0].test, sides[1][0].test)
+        return _missing(f"both methods at rank {largest} and learning rate {rate:g}")
+    ends = interval(sides[0][0].test, sides[1][0].test, tasks)
     ids = _ids(sides[0][0], sides[1][0])
     if ends is None:
         return Found(UNDECIDED, "needs two seeds a side", ids)
     verdict = HOLDS if ends[0] > 0 else CONTRADICTED if ends[1] < 0 else UNDECIDED
-    return Found(verdict, f"rank {ranks[-1]}, learning rate {rate:g}: {method} − {reference} {_text(ends)}", ids)
+    told = f"rank {largest}, learning rate {rate:g}: {method} − {reference} {_text(ends)}"
+    own = interval(*(best(curve).test for curve in curves), tasks)
+    rates = " and ".join(f"{best(curve).rate:g}" for curve in curves)
+    return Found(verdict, told if own is None else f"{told}; at their own best rates ({rates}) {_text(own)}", ids)
 
 
-def good_rates(candidates: Sequence[Arm]) -> list[float]:
-    """Return the learning rates whose validation cannot be told from the best one's; that one is among them."""
+def good_rates(candidates: Sequence[Arm], curves: int = 1) -> list[float]:
+    """Return the learning rates whose validation cannot be told from the best one's; that one is among them.
+
+    Args:
+        curves: so many are looked at like this.
+    """
+    comparisons = curves * (len(candidates) - 1)
     top = best(candidates)
     found = [top.rate]
     for arm in candidates:
-        ends = interval(top.validation, arm.validation)
+        ends = interval(top.validation, arm.validation, comparisons)
         if arm is not top and (ends is None or ends[0] <= 0):
             found.append(arm.rate)
     return sorted(found)
 
 
-def _at_edge(candidates: Sequence[Arm]) -> bool:
-    rates = [a.rate for a in candidates]
-    return best(candidates).rate in (min(rates), max(rates))
-
-
-def rate_ratio(found: Sequence[Arm], *, method: str, reference: str, low: float, high: float) -> Found:
+def rate_ratio(found: Sequence[Arm], *, method: str, reference: str, low: float, high: float, tasks: int = 1) -> Found:
     """Say whether the best learning rate of `method` is `low` to `high` times that of `reference`.
 
     `method` is taken at each of its ranks. Holds if the ratio of best rates is within, for every rank, with no best
     rate at the edge of its grid; is contradicted if for one rank no pair of rates that cannot be told from the best
-    ones is within.
+    ones is within, and these reach no edge.
     """
     theirs = of(found, reference)
     ranks = sorted({a.settings.get("rank", 0) for a in of(found, method)})
@@ -221,21 +265,24 @@ def rate_ratio(found: Sequence[Arm], *, method: str, reference: str, low: float,
     ids = _ids(*theirs, *(a for c in curves.values() for a in c))
     ratios = {r: best(c).rate / best(theirs).rate for r, c in curves.items()}
     told = ", ".join(f"{v:.3g} at rank {r}" for r, v in ratios.items())
-    bottom = good_rates(theirs)
+    compared = tasks * (len(curves) + 1)
+    bottom = good_rates(theirs, compared)
     for r, curve in curves.items():
-        if not any(low <= a / b <= high for a, b in product(good_rates(curve), bottom)):
+        good = good_rates(curve, compared)
+        bounded = not (reaches_edge(theirs, bottom) or reaches_edge(curve, good))
+        if bounded and not any(low <= a / b <= high for a, b in product(good, bottom)):
             return Found(CONTRADICTED, f"ratio of best rates {told}; at rank {r} none in [{low:g}, {high:g}]", ids)
-    if any(_at_edge(c) for c in (theirs, *curves.values())):
+    if any(at_edge(c) for c in (theirs, *curves.values())):
         return Found(UNDECIDED, f"ratio of best rates {told}; a best rate is at the edge of its grid", ids)
     verdict = HOLDS if all(low <= v <= high for v in ratios.values()) else UNDECIDED
     return Found(verdict, f"ratio of best rates {told}, claimed [{low:g}, {high:g}]", ids)
 
 
-def rates_agree(found: Sequence[Arm], *, method: str, ranks: Sequence[int], factor: float) -> Found:
+def rates_agree(found: Sequence[Arm], *, method: str, ranks: Sequence[int], factor: float, tasks: int = 1) -> Found:
     """Say whether the best learning rates of all `ranks` lie within a `factor`.
 
     Holds if they do and none is at the edge of its grid; is contradicted if no choice of rates that cannot be told from
-    the best ones does.
+    the best ones does, ranks left out whose rates of that kind reach an edge.
     """
     curves = {r: of(found, method, rank=r) for r in ranks}
     if lacking := [r for r, c in curves.items() if len(c) < 3]:
@@ -244,11 +291,12 @@ def rates_agree(found: Sequence[Arm], *, method: str, ranks: Sequence[int], fact
     chosen = {r: best(c).rate for r, c in curves.items()}
     told = ", ".join(f"{v:.3g} at rank {r}" for r, v in chosen.items())
     limit = factor * (1 + 1e-9)
-    sets = [good_rates(c) for c in curves.values()]
+    good = {r: good_rates(c, tasks * len(curves)) for r, c in curves.items()}
+    sets = [rates for r, rates in good.items() if not reaches_edge(curves[r], rates)]
     starts = {rate for rates in sets for rate in rates}
-    if not any(all(any(s <= rate <= s * limit for rate in rates) for rates in sets) for s in starts):
+    if sets and not any(all(any(s <= rate <= s * limit for rate in rates) for rates in sets) for s in starts):
         return Found(CONTRADICTED, f"best rates {told}: no choice within a factor of {factor:g}", ids)
-    if any(_at_edge(c) for c in curves.values()):
+    if any(at_edge(c) for c in curves.values()):
         return Found(UNDECIDED, f"best rates {told}: one is at the edge of its grid", ids)
     verdict = HOLDS if max(chosen.values()) <= min(chosen.values()) * limit else UNDECIDED
     return Found(verdict, f"best rates {told}, claimed within a factor of {factor:g}", ids)
@@ -266,7 +314,7 @@ def judge(claim: Claim, configurations: Sequence[Configuration]) -> tuple[Verdic
     models = sorted({c.spec["model"]["name"] for c in own})
     if not tasks:
         return Verdict(NOT_RUN, f"needs python -m peftbench sweep experiment={claim.experiment}"), ()
-    by_task = {task: RULES[claim.rule](arms(own, task), **claim.settings) for task in tasks}
+    by_task = {task: RULES[claim.rule](arms(own, task), **claim.settings, tasks=len(tasks)) for task in tasks}
     verdicts = [f.verdict for f in by_task.values()]
     verdict = CONTRADICTED if CONTRADICTED in verdicts else UNDECIDED if UNDECIDED in verdicts else HOLDS
     reason = "; ".join(f"{task}: {f.reason}" for task, f in by_task.items())
