@@ -214,6 +214,24 @@ def test_workers_of_one_command_share_its_trials(tmp_path):
     assert out.count("best of ") == 2
 
 
+def test_workers_that_share_a_database_alone_share_its_trials(tmp_path):
+    """Each has a results folder of its own, as on machines of their own, and both find the database new."""
+    url = f"sqlite:///{tmp_path}/shared.db"
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    given = [f"search.storage={url}", "search.trials=5", "method=lora", "train.steps=10"]
+    workers = [start(folder, *given) for folder in folders]
+    for worker in workers:
+        _, error = worker.communicate(timeout=300)
+        assert worker.returncode == 0, error
+    study = optuna.load_study(study_name="search-lora-tiny-bert-tiny", storage=url)
+    done = [t for t in study.trials if t.user_attrs["status"] != "lost"]  # both may have asked for the last one
+    assert [t.state.name for t in done] == ["COMPLETE"] * 5
+    ids = [p.stem for folder in folders for p in (folder / "out" / "search" / "runs").glob("*.json")]
+    assert sorted(ids) == sorted(t.user_attrs["run_id"] for t in done)
+
+
 # PostgreSQL.
 
 
