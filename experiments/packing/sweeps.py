@@ -100,9 +100,20 @@ def timed(arguments: Sequence[str], folder: Path, limit: float | None) -> Comman
     return Command(shown, wall, error, last, time.time())
 
 
-def swept(experiment: str, pack: str, folder: Path, overrides: Sequence[str] = (), limit: float | None = None) -> Swept:
-    """Run `sweep experiment=<experiment> pack=<pack>` into `folder`, which must not hold its records yet."""
-    name = f"{experiment}-pack-{pack}"
+def swept(
+    experiment: str,
+    pack: str,
+    folder: Path,
+    overrides: Sequence[str] = (),
+    limit: float | None = None,
+    name: str | None = None,
+) -> Swept:
+    """Run `sweep experiment=<experiment> pack=<pack>` into `folder`, which must not hold its records yet.
+
+    Args:
+        name: what the sweep is called after the experiment, by default its packs' size.
+    """
+    name = f"{experiment}-pack-{name or pack}"
     runs = folder / name / "runs"
     if any(runs.glob("*.json")):
         raise SystemExit(f"{runs} holds records already: give another folder, since what is there would not be timed")

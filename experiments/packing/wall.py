@@ -5,7 +5,8 @@
     python experiments/packing/wall.py --table results/packing/wall.jsonl
 
 Each arm is one command, started anew and timed from outside, start-up and report included: `hf` is
-`experiments/peers/trainer.py`, a number or `auto` is `python -m peftbench sweep experiment=… pack=<that>`. Arms that go
+`experiments/peers/trainer.py`, a number or `auto` is `python -m peftbench sweep experiment=… pack=<that>`, `eager` the
+same with `pack=1 train.execution=eager`, the settings that runs have unless told otherwise. Arms that go
 one run at a time train some runs only; the rest is extrapolated at the mean of those after the first, and the table
 says so. See README.md.
 """
@@ -26,6 +27,8 @@ from sweeps import Swept, common, timed
 
 SPENT = {"training": ("train",), "evaluation": ("evaluate", "test"), "loading": ("load", "set_up", "profile")}
 """What a run's time is spent on → the phases that count for it."""
+ALONE = {"1": (), "eager": ("train.execution=eager",)}
+"""Arms that go one run at a time → their settings beside the case's."""
 ONCE = "start, report"
 """The rest of a command's time: imports, planning, choosing the size of packs, the report."""
 
@@ -50,12 +53,16 @@ class Case:
 
 
 CASES = {
-    "rte": Case("packing-rte", 16, ("hf", "16", "1"), ("train.learning_rate=1e-3", "seed=0,1"), ("--seeds", "0,1")),
-    "mixed": Case("packing-mixed", 16, ("16", "1"), ("method=lora,dora,vera,ia3,houlsby",), ("--seeds", "0,1")),
+    "rte": Case(
+        "packing-rte", 16, ("hf", "16", "1", "eager"), ("train.learning_rate=1e-3", "seed=0,1"), ("--seeds", "0,1")
+    ),
+    "mixed": Case(
+        "packing-mixed", 16, ("16", "1", "eager"), ("method=lora,dora,vera,ia3,houlsby",), ("--seeds", "0,1")
+    ),
     "smollm2": Case(
         "packing-smollm2",
         8,
-        ("hf", "8", "1"),
+        ("hf", "8", "1", "eager"),
         ("train.learning_rate=1e-3", "seed=0,1"),
         (
             *("--task", "alpaca", "--model", "smollm2-135m", "--batch", "4", "--eval-batch", "64"),
@@ -69,8 +76,10 @@ def measure(case: Case, arm: str, options: argparse.Namespace, folder: Path) -> 
     """Run one arm and return what its record says."""
     if arm == "hf":
         return _peer(case, options, folder)
-    overrides = [*(case.few if arm == "1" else ()), *options.set]
-    return of_sweep(sweeps.swept(case.experiment, arm, folder, overrides, options.limit))
+    if arm in ALONE:
+        overrides = [*case.few, *options.set, *ALONE[arm]]
+        return of_sweep(sweeps.swept(case.experiment, "1", folder, overrides, options.limit, name=arm))
+    return of_sweep(sweeps.swept(case.experiment, arm, folder, options.set, options.limit))
 
 
 def of_sweep(found: Swept) -> dict[str, Any]:
@@ -176,11 +185,11 @@ def report(records: Sequence[Mapping[str, Any]]) -> str:
     for record in records:
         name = f"{record['case']}: {_named(record)}"
         if record["status"] != "completed":
-            rows.append((name, "failed", *["–"] * 9))
+            rows.append((name, "failed", *["–"] * 10))
             continue
         parts, whole = spent(record), whole_seconds(record)
         rate = 3600 * record["runs"] / whole
-        over = [_rate(records, record["case"], other) for other in ("hf", "1")]
+        over = [_rate(records, record["case"], other) for other in ("hf", "1", "eager")]
         step = step_seconds(record)
         rows.append(
             (
@@ -193,7 +202,7 @@ def report(records: Sequence[Mapping[str, Any]]) -> str:
                 *(f"{100 * seconds / whole:.0f} %" for seconds in parts.values()),
             )
         )
-    headers = ("arm", "runs timed", "seconds", "runs/h", "× HF", "× alone", "ms a run and step")
+    headers = ("arm", "runs timed", "seconds", "runs/h", "× HF", "× alone", "× alone, eager", "ms a run and step")
     return common.table((*headers, *SPENT, ONCE), rows)
 
 
@@ -201,7 +210,7 @@ def _named(record: Mapping[str, Any]) -> str:
     if record["arm"] == "hf":
         return f"HF Trainer ({record.get('precision')})"
     how = "+".join(record["execution"]) if record.get("execution") else "?"
-    if record["arm"] == "1":
+    if record["arm"] in ALONE:
         return f"alone ({how})"
     chosen = f": {max(record['pack_sizes'])}" if record["arm"] == "auto" and record["pack_sizes"] else ""
     return f"pack={record['arm']}{chosen} ({how})"
@@ -270,7 +279,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", help="file that records are added to, one a line")
     parser.add_argument("--table", nargs="+", metavar="FILE", help="show the records of these files; time nothing")
     parser.add_argument("--figure", type=Path, help="where to draw, without suffix")
-    parser.add_argument("--arms", help="comma list of hf, auto and sizes of packs; 1: one run at a time")
+    parser.add_argument("--arms", help="comma list of hf, auto, eager and sizes of packs; 1: one run at a time")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for every sweep")
     parser.add_argument("--peer", default="", metavar="ARGUMENTS", help="more arguments for trainer.py, in one word")
     parser.add_argument("--limit", type=float, help="seconds a command may take")
