@@ -147,6 +147,8 @@ def test_an_edge_keeps_back_the_verdict_that_it_could_overturn():
     assert claims.rank_insensitive([*lora, *falls], **ranks_rule).verdict == CONTRADICTED
     assert claims.rank_insensitive([*lora, *falls[2:]], **ranks_rule).verdict == UNDECIDED
     assert claims.rank_insensitive([*lora, *worse], **ranks_rule).verdict == HOLDS
+    blurred = curve("lora", HIGH, 1e-3, (-9.0, 0.0, 9.0), rank=8)
+    assert claims.rate_ratio([*curve("full", LOW, 1e-4), *blurred], **RATIO).verdict == UNDECIDED
     flat = [arm("full", r, 90.0) for r in LOW]  # its best cannot be told from the rates at its edges
     assert claims.rate_ratio([*flat, *curve("lora", HIGH, 3e-4, rank=8)], **RATIO).verdict == UNDECIDED
 

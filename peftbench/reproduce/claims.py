@@ -23,6 +23,8 @@ from peftbench.published import Claim
 from peftbench.reproduce.records import Configuration
 from peftbench.reproduce.verdicts import CONTRADICTED, HOLDS, NOT_RUN, UNDECIDED, Verdict
 
+EDGE = "a rate at the edge of its grid cannot be told from the best"
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -227,7 +229,7 @@ def better_at_largest(found: Sequence[Arm], *, method: str, reference: str, task
         return Found(UNDECIDED, "needs two seeds a side", ids)
     verdict = HOLDS if ends[0] > 0 else CONTRADICTED if ends[1] < 0 else UNDECIDED
     told = f"rank {largest}, learning rate {rate:g}: {method} − {reference} {_text(ends)}"
-    own = interval(*(best(curve).test for curve in curves), tasks)
+    own = interval(best(curves[0]).test, best(curves[1]).test, tasks)
     rates = " and ".join(f"{best(curve).rate:g}" for curve in curves)
     return Found(verdict, told if own is None else f"{told}; at their own best rates ({rates}) {_text(own)}", ids)
 
@@ -251,9 +253,9 @@ def good_rates(candidates: Sequence[Arm], curves: int = 1) -> list[float]:
 def rate_ratio(found: Sequence[Arm], *, method: str, reference: str, low: float, high: float, tasks: int = 1) -> Found:
     """Say whether the best learning rate of `method` is `low` to `high` times that of `reference`.
 
-    `method` is taken at each of its ranks. Holds if the ratio of best rates is within, for every rank, with no best
-    rate at the edge of its grid; is contradicted if for one rank no pair of rates that cannot be told from the best
-    ones is within, and these reach no edge.
+    `method` is taken at each of its ranks. Holds if the ratio of best rates is within for every rank; is contradicted
+    if for one rank no pair of rates that cannot be told from the best ones is within. Where such rates reach an edge of
+    their grid, the best one is not known to be inside, and neither is said.
     """
     theirs = of(found, reference)
     ranks = sorted({a.settings.get("rank", 0) for a in of(found, method)})
@@ -267,13 +269,14 @@ def rate_ratio(found: Sequence[Arm], *, method: str, reference: str, low: float,
     told = ", ".join(f"{v:.3g} at rank {r}" for r, v in ratios.items())
     compared = tasks * (len(curves) + 1)
     bottom = good_rates(theirs, compared)
-    for r, curve in curves.items():
-        good = good_rates(curve, compared)
-        bounded = not (reaches_edge(theirs, bottom) or reaches_edge(curve, good))
-        if bounded and not any(low <= a / b <= high for a, b in product(good, bottom)):
+    good = {r: good_rates(curve, compared) for r, curve in curves.items()}
+    bounded = {r: not reaches_edge(curves[r], rates) for r, rates in good.items()}
+    inside = not reaches_edge(theirs, bottom)
+    for r, rates in good.items():
+        if inside and bounded[r] and not any(low <= a / b <= high for a, b in product(rates, bottom)):
             return Found(CONTRADICTED, f"ratio of best rates {told}; at rank {r} none in [{low:g}, {high:g}]", ids)
-    if any(at_edge(c) for c in (theirs, *curves.values())):
-        return Found(UNDECIDED, f"ratio of best rates {told}; a best rate is at the edge of its grid", ids)
+    if not (inside and all(bounded.values())):
+        return Found(UNDECIDED, f"ratio of best rates {told}; {EDGE}", ids)
     verdict = HOLDS if all(low <= v <= high for v in ratios.values()) else UNDECIDED
     return Found(verdict, f"ratio of best rates {told}, claimed [{low:g}, {high:g}]", ids)
 
@@ -281,8 +284,9 @@ def rate_ratio(found: Sequence[Arm], *, method: str, reference: str, low: float,
 def rates_agree(found: Sequence[Arm], *, method: str, ranks: Sequence[int], factor: float, tasks: int = 1) -> Found:
     """Say whether the best learning rates of all `ranks` lie within a `factor`.
 
-    Holds if they do and none is at the edge of its grid; is contradicted if no choice of rates that cannot be told from
-    the best ones does, ranks left out whose rates of that kind reach an edge.
+    Holds if they do; is contradicted if no choice of rates that cannot be told from the best ones does. Where such
+    rates reach an edge of their grid, the best one is not known to be inside: the rank contradicts nothing, and nothing
+    holds.
     """
     curves = {r: of(found, method, rank=r) for r in ranks}
     if lacking := [r for r, c in curves.items() if len(c) < 3]:
@@ -296,8 +300,8 @@ def rates_agree(found: Sequence[Arm], *, method: str, ranks: Sequence[int], fact
     starts = {rate for rates in sets for rate in rates}
     if sets and not any(all(any(s <= rate <= s * limit for rate in rates) for rates in sets) for s in starts):
         return Found(CONTRADICTED, f"best rates {told}: no choice within a factor of {factor:g}", ids)
-    if any(at_edge(c) for c in curves.values()):
-        return Found(UNDECIDED, f"best rates {told}: one is at the edge of its grid", ids)
+    if len(sets) < len(curves):
+        return Found(UNDECIDED, f"best rates {told}; {EDGE}", ids)
     verdict = HOLDS if max(chosen.values()) <= min(chosen.values()) * limit else UNDECIDED
     return Found(verdict, f"best rates {told}, claimed within a factor of {factor:g}", ids)
 
