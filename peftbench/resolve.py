@@ -420,16 +420,17 @@ class Plan:
         wanted: Sequence[RunSpec],
         size: int | Callable[[Sequence[RunSpec]], int],
         early: bool = False,
-        mix: bool = True,
+        mix: Callable[[RunSpec], bool] = lambda spec: True,
     ) -> list[Group]:
         """Group `wanted` runs into packs of at most `size`, which may depend on what runs share a base.
 
-        With `mix` packs may hold several methods.
+        Args:
+            mix: whether a run may share a pack with other methods.
         """
 
         def sharing(spec: RunSpec) -> Sharing:
             share = self.resolver.sharing(spec)
-            return share if mix else dataclasses.replace(share, company=None)
+            return share if mix(spec) else dataclasses.replace(share, company=None)
 
         return packs(wanted, sharing, size, early)
 

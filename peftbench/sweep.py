@@ -155,7 +155,8 @@ def pack_up(
 ) -> list[Group]:
     """Return packs of at most `size`; for "auto" of what is fastest and fits into memory.
 
-    On a CPU "auto" keeps methods apart: what a mixed pack saves there, putting its parts together costs.
+    "auto" keeps methods apart on a CPU and where steps are replayed as graphs: what a mixed pack saves there, taking
+    its rows apart and putting them together costs. It saves launches, and eager steps on a GPU are made of these.
 
     `early`: any run may end before its time.
     """
@@ -165,7 +166,10 @@ def pack_up(
 
     fitting = (lambda members, most: most) if fit is None else fit.pack_size
     packing = Packing(store, planned.resolver.device, fitting, measure=fit is not None, tell=tell)
-    return planned.packs(wanted, packing.size, early, mix=planned.resolver.device != "cpu")
+    launches = planned.resolver.device != "cpu"
+    return planned.packs(
+        wanted, packing.size, early, mix=lambda spec: launches and not spec.train["execution"].endswith("graphs")
+    )
 
 
 def _without_adapter(store: Store, specs: Sequence[RunSpec]) -> list[str]:

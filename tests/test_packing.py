@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from peftbench.packing import DEFAULT, FEWEST, Budget, Packing, Step, Stopwatch,
 from peftbench.record import RunSpec
 from peftbench.resolve import Resolver
 from peftbench.store import Store
-from peftbench.sweep import prepare
+from peftbench.sweep import pack_up, prepare
 from tests.conftest import make_spec
 
 CURVES: dict[str, Callable[[int], float]] = {
@@ -450,3 +451,25 @@ def test_the_hungriest_method_bounds_a_mixed_pack(monkeypatch: pytest.MonkeyPatc
         "lora on tiny-bert: packs of 50, 51 runs",
         "ia3 on tiny-bert: packs of 5, 6 runs",
     ]
+
+
+@pytest.mark.parametrize(
+    ("device", "execution", "mixed"),
+    [("cuda", "eager", True), ("cuda", "compiled", True), ("cuda", "graphs", False), ("cpu", "eager", False)],
+)
+def test_auto_mixes_methods_where_launches_are_what_costs(
+    tmp_path: Path, device: str, execution: str, mixed: bool
+) -> None:
+    seen: list[bool] = []
+
+    class Planned:
+        resolver = SimpleNamespace(device=device)
+
+        def packs(self, wanted: Any, size: Any, early: bool, mix: Any) -> list[Any]:
+            seen.extend(mix(spec) for spec in wanted)
+            return []
+
+    wanted: Any = [make_spec(**{"train.execution": execution})]
+    planned: Any = Planned()
+    pack_up(planned, wanted, "auto", Store(tmp_path), None, lambda line: None)
+    assert seen == [mixed]
