@@ -25,6 +25,7 @@ from peftbench import registry, resolve
 from peftbench.assembly import Assembly, Setting, assembled, free
 from peftbench.engine.batches import PackedBatch, TokenTable
 from peftbench.engine.stepping import stepper
+from peftbench.record import RunSpec
 from peftbench.tasks.base import Encoded
 
 MIXED = (
@@ -32,8 +33,12 @@ MIXED = (
     "layernorm", "houlsby", "pfeiffer", "parallel",
 )  # fmt: skip
 """The methods of `packing-mixed`."""
-CASES = {"1 lora": (("lora",), 1), "16 lora": (("lora",), 16), "16 methods": (MIXED, 1)}
-"""Name → methods and seeds of each."""
+CASES: dict[str, dict[str, Sequence[Any]]] = {
+    "1 lora": {"method": ["lora"]},
+    "16 lora": {"method": ["lora"], "seed": range(16)},
+    "16 methods": {"method": MIXED},
+}
+"""Name → grid."""
 ITEMS, BATCH = 512, 32
 WARMUP = 5
 
@@ -94,9 +99,10 @@ def texts(vocabulary: int, length: int) -> Encoded:
     return Encoded(input_ids=tokens, targets=generator.integers(0, 2, ITEMS).tolist())
 
 
-def measure(methods: Sequence[str], seeds: int, execution: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Time the steps of one pack and return its median seconds."""
-    device = common.pick_device(options.device)
+def specs_of(
+    grid: Mapping[str, Sequence[Any]], execution: str, options: argparse.Namespace, device: torch.device
+) -> list[RunSpec]:
+    """Return the runs of a grid on made-up texts of one length, a random MiniLM unless told otherwise."""
     settings: dict[str, Any] = {
         "model": options.model,
         "model.weights": "random",
@@ -110,14 +116,14 @@ def measure(methods: Sequence[str], seeds: int, execution: str, options: argpars
         "train.execution": execution,
         "train.learning_rate": 1e-4,
     }
-    grid = {name: [value] for name, value in settings.items()}
-    specs = [
-        spec
-        for method in methods
-        for spec in resolve.plan(
-            resolve.demand({**grid, "method": [method], "seed": list(range(seeds))}, None), str(device.type)
-        ).specs
-    ]
+    whole = {**{name: [value] for name, value in settings.items()}, **grid}
+    return resolve.plan(resolve.demand(whole, None), device.type).specs
+
+
+def measure(grid: Mapping[str, Sequence[Any]], execution: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Time the steps of a grid's runs in one pack and return the median seconds."""
+    device = common.pick_device(options.device)
+    specs = specs_of(grid, execution, options, device)
     with assembled(Setting.of(specs)) as assembly:
         found = steps(assembly, execution, options, device)
     free(device)
@@ -202,7 +208,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             for case in options.cases.split(","):
                 for execution in ways:
                     chosen = argparse.Namespace(**{**vars(options), "optimizer": optimizer})
-                    found = measure(*CASES[case], execution, chosen)
+                    found = measure(CASES[case], execution, chosen)
                     record = {**origin, "case": case, "execution": execution, "optimizer": optimizer, **found}
                     common.append(options.out, [record])
                     records.append(record)
