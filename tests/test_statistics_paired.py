@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import studentized_range
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
+from statsmodels.stats.multitest import multipletests
 
 from peftbench.analysis import extras
 from peftbench.analysis.intervals import sample
@@ -39,7 +40,10 @@ def test_mcnemar_on_the_textbook_tables():
     assert found.p == pytest.approx(0.0525, abs=5e-5)
     assert mcnemar(first, second, exact=False).p == pytest.approx(0.055, abs=5e-4)
     assert mcnemar(first, second, exact=False, corrected=False).p == pytest.approx(0.033, abs=5e-4)
-    assert found.p == pytest.approx(statsmodels_mcnemar([[59, 6], [16, 80]], exact=True).pvalue)
+    for a, b in ((6, 16), (0, 1), (40, 41), (300, 200)):
+        first, second = answers(7, a, b, 3)
+        theirs = min(1.0, statsmodels_mcnemar([[7, a], [b, 3]], exact=True).pvalue)
+        assert mcnemar(first, second).p == pytest.approx(theirs, rel=1e-9)
 
 
 def test_mcnemar_by_hand():
@@ -126,6 +130,13 @@ def test_corrections_on_published_examples():
     assert (adjusted(p, "benjamini-hochberg") < 0.05).sum() == 4
 
 
+@pytest.mark.parametrize(("correction", "theirs"), [("holm", "holm"), ("benjamini-hochberg", "fdr_bh")])
+def test_corrections_are_those_of_statsmodels(correction, theirs):
+    for p in (np.random.default_rng(0).random(40) ** 4, np.array([0.03, 0.01, 0.03, 0.0, 1.0, 0.01])):
+        assert adjusted(p, correction) == pytest.approx(multipletests(p, method=theirs)[1], rel=1e-12)
+    assert adjusted([], correction).shape == (0,)
+
+
 def test_comparisons_without_a_test_are_not_counted():
     found = adjusted([0.02, np.nan, 0.04])
     assert found[[0, 2]] == pytest.approx([0.04, 0.04])
@@ -162,5 +173,5 @@ def test_a_missing_library_is_one_line_that_names_the_extra(monkeypatch):
 
     monkeypatch.setattr(extras.importlib, "import_module", lambda name: without(name))
     with pytest.raises(UserError, match=r"statistics need statsmodels.*pip install 'peftbench\[stats\]'") as error:
-        adjusted([0.01, 0.02])
+        mcnemar([0, 1], [1, 1], exact=False)
     assert "\n" not in str(error.value)

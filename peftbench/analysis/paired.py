@@ -41,7 +41,7 @@ def mcnemar(first: ArrayLike, second: ArrayLike, exact: bool = True, corrected: 
 
     Raises:
         ValueError: other scores than 0 and 1, or of different items.
-        UserError: statsmodels is missing.
+        UserError: statsmodels is missing, where it is not `exact`.
     """
     a, b = (np.asarray(scores, dtype=float) for scores in (first, second))
     if a.shape != b.shape or not (np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all()):
@@ -49,8 +49,18 @@ def mcnemar(first: ArrayLike, second: ArrayLike, exact: bool = True, corrected: 
     table = [[int(((a == i) & (b == j)).sum()) for j in (1, 0)] for i in (1, 0)]
     if table[0][1] + table[1][0] == 0:
         return Discordance(0, 0, 1.0)
-    found = load("statsmodels.stats.contingency_tables").mcnemar(table, exact=exact, correction=corrected)
-    return Discordance(table[0][1], table[1][0], min(1.0, float(found.pvalue)))
+    first_only, second_only = table[0][1], table[1][0]
+    if exact:
+        return Discordance(first_only, second_only, _sign_test(first_only, second_only))
+    found = load("statsmodels.stats.contingency_tables").mcnemar(table, exact=False, correction=corrected)
+    return Discordance(first_only, second_only, min(1.0, float(found.pvalue)))
+
+
+def _sign_test(first: int, second: int) -> float:
+    """Return the two-sided p value of one in two; a report needs no more of scipy.stats, a second of import time."""
+    from scipy.special import bdtr
+
+    return min(1.0, 2 * float(bdtr(min(first, second), first + second, 0.5)))
 
 
 @dataclass(frozen=True)
@@ -146,20 +156,26 @@ def conover(scores: ArrayLike, correction: str | None = "holm") -> Array:
 def adjusted(p: Sequence[float], correction: str = "holm") -> Array:
     """Return p values corrected for their number, in the same order; NaN (not tested) stays NaN and is not counted.
 
+    Both are a line of arithmetic; statsmodels, against which the tests compare them, takes a second to import, with
+    which every sweep would end.
+
     Args:
         correction: ``holm`` bounds the chance of a single false finding among them (Holm 1979);
             ``benjamini-hochberg`` bounds the share of false ones among the findings (1995).
 
     Raises:
         ValueError: another correction.
-        UserError: statsmodels is missing.
     """
     if correction not in CORRECTIONS:
         raise ValueError(f"correction {correction!r}: expected one of {', '.join(CORRECTIONS)}")
     values = np.asarray(p, dtype=float)
-    tested = ~np.isnan(values)
+    tested = np.flatnonzero(~np.isnan(values))
+    order = tested[np.argsort(values[tested])]  # the smallest first
+    rank, count = np.arange(1, len(order) + 1), len(order)
+    if correction == "holm":
+        corrected = np.maximum.accumulate(values[order] * (count + 1 - rank))
+    else:
+        corrected = np.minimum.accumulate((values[order] / (rank / count))[::-1])[::-1]
     out = np.full(values.shape, np.nan)
-    if tested.any():
-        multipletests = load("statsmodels.stats.multitest").multipletests
-        out[tested] = multipletests(values[tested], method=CORRECTIONS[correction])[1]
+    out[order] = np.minimum(corrected, 1.0)
     return out

@@ -4,6 +4,7 @@ Built on `matplotlib.figure.Figure` alone: no pyplot, no global state, the same 
 Okabe and Ito's (told apart by colour-blind readers), and no two methods differ by colour only.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
-from matplotlib.transforms import Bbox
+from numpy.typing import ArrayLike, NDArray
 
 from peftbench.analysis.frame import (
     COMPONENTS,
@@ -39,6 +40,7 @@ from peftbench.analysis.pareto import front
 from peftbench.analysis.tables import accounted, memory_title, metric_title, slug
 
 Row = Mapping[Any, Any]
+Array = NDArray[np.float64]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h")
@@ -277,63 +279,55 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float]], texts: Seque
     pixels = figure.dpi / 72
     centres = axes.transData.transform(np.asarray(points, dtype=float))
     frame = axes.get_window_extent(renderer)
-    room = Bbox.from_extents(frame.x0 + 1, frame.y0 + 2 * pixels, frame.x1, frame.y1 + 3 * pixels)
-    blocks = [Bbox.from_bounds(x - 3.4 * pixels, y - 3.4 * pixels, 6.8 * pixels, 6.8 * pixels) for x, y in centres]
+    room = np.array([[frame.x0 + 1, frame.y0 + 2 * pixels, frame.x1, frame.y1 + 3 * pixels]])
+    blocks = [(x - 3.4 * pixels, y - 3.4 * pixels, x + 3.4 * pixels, y + 3.4 * pixels) for x, y in centres]
     for container in axes.containers:
         for bars in container[2]:  # type: ignore[index]
             for segment in bars.get_segments():
                 (x0, y0), (x1, y1) = axes.transData.transform(segment)
-                blocks.append(
-                    Bbox.from_extents(min(x0, x1) - 2 * pixels, min(y0, y1), max(x0, x1) + 2 * pixels, max(y0, y1))
-                )
+                blocks.append((min(x0, x1) - 2 * pixels, min(y0, y1), max(x0, x1) + 2 * pixels, max(y0, y1)))
     lines = [box for line in axes.lines if line.get_gid() in ("reference", "front") for box in _segments(line, pixels)]
     artists = [axes.text(0, 0, text, fontsize=size, color=INK) for text in texts]
     shapes = [(b.width + 1.5 * pixels, b.height * 0.92) for b in (a.get_window_extent(renderer) for a in artists)]
     for artist in artists:
         artist.remove()
 
-    def candidates(i: int) -> Iterator[tuple[float, Bbox]]:
-        (x, y), (w, h) = centres[i], shapes[i]
-        for distance in (4.5, 7.0, 11.0, 16.0, 23.0, 32.0):
-            for k in range(16):
-                dx, dy = math.cos(k * math.pi / 8), math.sin(k * math.pi / 8)
-                # The box's nearest edge or corner, not its centre, keeps the distance.
-                left = x + dx * distance * pixels + (dx - 1) * w / 2
-                bottom = y + dy * distance * pixels + (dy - 1) * h / 2
-                yield distance + 0.5 * (dy < 0) + 0.3 * (dx < 0), Bbox.from_bounds(left, bottom, w, h)
+    # Of each text its places [96, 4], what each one meets that does not move [96], and its price but for other texts.
+    distances, directions = zip(*itertools.product((4.5, 7.0, 11.0, 16.0, 23.0, 32.0), range(16)), strict=True)
+    distance, angle = np.array(distances), np.array(directions) * math.pi / 8
+    dx, dy = np.cos(angle).round(12), np.sin(angle).round(12)
+    boxes, met, prices = [], [], []
+    for (x, y), (w, h) in zip(centres, shapes, strict=True):
+        # The box's nearest edge or corner, not its centre, keeps the distance.
+        left = x + dx * distance * pixels + (dx - 1) * w / 2
+        bottom = y + dy * distance * pixels + (dy - 1) * h / 2
+        places = np.column_stack([left, bottom, left + w, bottom + h])
+        boxes.append(places)
+        met.append(w * h - _overlaps(places, room)[:, 0] + _overlaps(places, blocks).sum(axis=1))
+        crossed = 6.0 * (_overlaps(places, lines) > 0).sum(axis=1)
+        prices.append(50 * met[-1] + distance + 0.5 * (dy < 0) + 0.3 * (dx < 0) + crossed)
 
-    placed: dict[int, tuple[float, Bbox]] = {}
+    placed: dict[int, int] = {}
 
-    def conflict(i: int, box: Bbox) -> float:
-        outside = box.width * box.height - _overlap(box, room)
-        texts_met = sum(_overlap(box, other) for j, (_, other) in placed.items() if j != i)
-        return outside + texts_met + sum(_overlap(box, block) for block in blocks)
-
-    def settle(i: int) -> None:
-        def price(candidate: tuple[float, Bbox]) -> float:
-            distance, box = candidate
-            crossed = 6.0 * sum(_overlap(box, line) > 0 for line in lines)
-            return 50 * conflict(i, box) + distance + crossed
-
-        placed[i] = min(candidates(i), key=price)
+    def others(i: int) -> Array:
+        return _overlaps(boxes[i], [boxes[j][place] for j, place in placed.items() if j != i]).sum(axis=1)
 
     crowd = [sum(math.dist(a, b) < 45 * pixels for b in centres) for a in centres]
     order = sorted(range(len(texts)), key=lambda i: (-crowd[i], i))
     for _ in range(3):
         before = dict(placed)
         for i in order:
-            settle(i)
+            placed[i] = int((prices[i] + 50 * others(i)).argmin())
         if before == placed:
             break
-    if any(conflict(i, box) > 2.0 * pixels**2 for i, (_, box) in placed.items()):
+    if any(met[i][place] + others(i)[place] > 2.0 * pixels**2 for i, place in placed.items()):
         return False
-    for i, (distance, box) in placed.items():
-        x, y = centres[i]
-        far = distance > 12
+    for i, place in placed.items():
+        (x, y), (left, bottom, _, _) = centres[i], boxes[i][place]
         axes.annotate(
             texts[i],
             points[i],
-            xytext=((box.x0 - x) / pixels + 0.75, (box.y0 - y) / pixels),
+            xytext=((left - x) / pixels + 0.75, (bottom - y) / pixels),
             va="bottom",
             textcoords="offset points",
             fontsize=size,
@@ -341,13 +335,13 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float]], texts: Seque
             zorder=8,
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.4, "shrinkA": 0, "shrinkB": 3}
-            if far
+            if distance[place] > 12
             else None,
         )
     return True
 
 
-def _segments(line: Line2D, width: float) -> list[Bbox]:
+def _segments(line: Line2D, width: float) -> list[tuple[float, float, float, float]]:
     """Boxes around the straight pieces of a drawn line, in pixels (a step line's pieces are along the axes)."""
     path = line.get_transform().transform_path(line.get_path())
     corners = np.asarray(path.vertices, dtype=float)
@@ -356,17 +350,16 @@ def _segments(line: Line2D, width: float) -> list[Bbox]:
         corners = np.array([p for pair in zip(corners, [*bends, corners[-1]], strict=True) for p in pair])
     pieces = pairwise(corners)
     return [
-        Bbox.from_extents(
-            min(a[0], b[0]) - width, min(a[1], b[1]) - width, max(a[0], b[0]) + width, max(a[1], b[1]) + width
-        )
+        (min(a[0], b[0]) - width, min(a[1], b[1]) - width, max(a[0], b[0]) + width, max(a[1], b[1]) + width)
         for a, b in pieces
     ]
 
 
-def _overlap(a: Bbox, b: Bbox) -> float:
-    width = min(a.x1, b.x1) - max(a.x0, b.x0)
-    height = min(a.y1, b.y1) - max(a.y0, b.y0)
-    return width * height if width > 0 and height > 0 else 0.0
+def _overlaps(first: ArrayLike, second: ArrayLike) -> Array:
+    """Areas that boxes [A, 4] and [B, 4], each (left, bottom, right, top), have in common [A, B]."""
+    a, b = np.reshape(first, (-1, 1, 4)), np.reshape(second, (1, -1, 4))
+    sides = np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])
+    return np.where((sides > 0).all(axis=-1), sides.prod(axis=-1), 0.0)
 
 
 # -- panels ------------------------------------------------------------------------------------------------------------
@@ -468,12 +461,12 @@ def _quality_title(rows: Sequence[Row]) -> str:
 def pareto_plots(chosen: pd.DataFrame) -> Iterator[Plot]:
     """Quality against each cost, of `selected` rows: tasks side by side, and their mean where there are several."""
     styles = Styles(chosen)
+    groups, average = list(figure_groups(chosen)), over_tasks(chosen)
     for cost in COSTS:
-        for stem, title, panels in figure_groups(chosen):
+        for stem, title, panels in groups:
             plot = pareto_figure(panels, cost, styles, "-".join(filter(None, ["pareto", cost.stem, stem])), title)
             if plot is not None:
                 yield plot
-        average = over_tasks(chosen)
         for (model, device), group in average.groupby(["model", "device_kind"], sort=True):
             hosts = [str(v) for v, c in ((model, "model"), (device, "device_kind")) if chosen[c].nunique() > 1]
             panel = Panel(", ".join(hosts) or str(model), rows_of(group))

@@ -78,8 +78,9 @@ def _read_parquet(path: str, modified_ns: int, size: int, columns: tuple[str, ..
     import pyarrow.parquet
 
     try:
-        require_columns(pyarrow.parquet.read_schema(path).names, columns, path)
-        return pyarrow.parquet.read_table(path, columns=list(columns)).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:  # read_table would import pandas
+            require_columns(file.schema_arrow.names, columns, path)
+            return file.read(columns=list(columns)).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
 
