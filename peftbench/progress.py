@@ -36,11 +36,16 @@ STYLES = {"completed": "green", "pruned": "dim", "diverged": "yellow", "out_of_m
 
 
 def headline(record: RunRecord) -> str:
-    """Return one line about a finished run: its id and its test metric or what went wrong."""
+    """Return one line about a finished run: its id and its test metric or what went wrong.
+
+    A search's trials show the metric of validation, by which they are judged: nobody is to choose among them by test.
+    """
     if record.status == "completed" and record.quality:
         metric = record.quality.get("primary_metric")
-        value = (record.quality.get("test") or {}).get(metric)
-        return f"{record.run_id}: {metric} {value:.4f}" if isinstance(value, float) else f"{record.run_id}: done"
+        split = "test" if record.search is None else "validation"
+        value = (record.quality.get(split) or {}).get(metric)
+        name = metric if record.search is None else f"validation {metric}"
+        return f"{record.run_id}: {name} {value:.4f}" if isinstance(value, float) else f"{record.run_id}: done"
     if record.status == "pruned" and record.quality:
         stopped = record.quality["stopped"]
         return f"{record.run_id}: pruned after {stopped['step']} of {stopped['of']} steps"

@@ -1,5 +1,7 @@
 """Several processes on one study: nothing is lost and nothing done twice, whatever keeps the study and whoever dies."""
 
+import importlib
+import multiprocessing
 import os
 import shutil
 import signal
@@ -7,13 +9,16 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections import Counter
 from pathlib import Path
 
 import optuna
 import pytest
+import torch
 from optuna.trial import TrialState
 
+from peftbench.__main__ import main
 from peftbench.search.settings import SearchConfig
 from peftbench.search.space import Axis
 from peftbench.search.storage import _with_driver, described, open_storage
@@ -154,41 +159,59 @@ def test_where_studies_are_is_said_without_a_password(tmp_path):
 # Processes.
 
 
-def start(cwd, *arguments):
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "peftbench", "search", *TINY, *arguments]
-    return subprocess.Popen(command, cwd=cwd, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+class Worker:
+    """A process that runs `main` of `module` with a search's arguments in `cwd`, all modules loaded beforehand."""
+
+    CONTEXT = multiprocessing.get_context("forkserver")
+    LOADED = ("peftbench.__main__", "peftbench.search.__main__", "peftbench.analysis.search_report", "peftbench.run")
+
+    def __init__(self, cwd, module, *arguments):
+        self.CONTEXT.set_forkserver_preload(list(self.LOADED))
+        self.log = cwd / f"{uuid.uuid4().hex}.log"
+        self.process = self.CONTEXT.Process(target=_work, args=(str(cwd), str(self.log), module, arguments))
+        self.process.start()
+
+    def wait(self):
+        """Return the exit code, and what the process said."""
+        self.process.join(240)
+        return self.process.exitcode, self.log.read_text() if self.log.exists() else ""
 
 
-def four_workers_one_of_which_is_killed(cwd, storage, trials=10):
-    """Start the same command four times, kill one while it trains, and hold the study to having each trial once."""
-    workers = [start(cwd, f"search.storage={storage}", f"search.trials={trials}") for _ in range(4)]
+def _work(cwd, log, module, arguments):
+    os.chdir(cwd)
+    said = os.open(log, os.O_CREAT | os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(said, stream)
+    torch.set_num_threads(1)
+    command = ["search"] if module == "peftbench.__main__" else []
+    sys.exit(importlib.import_module(module).main([*command, *TINY, *arguments]))
+
+
+def four_workers_one_of_which_is_killed(cwd, storage, module="peftbench.search.__main__", trials=10):
+    """Start four workers, kill one while it trains, and hold the study to having each trial once."""
+    given = [f"search.storage={storage}", f"search.trials={trials}"]
+    workers = [Worker(cwd, module, *given) for _ in range(4)]
     try:
-        runs, deadline = cwd / "out" / "search" / "runs", time.monotonic() + 240
+        store, deadline = Store(cwd / "out" / "search"), time.monotonic() + 240
         victim = None
         while victim is None:
             assert time.monotonic() < deadline, "no worker began to train"
-            locks = [p.stem for p in (cwd / "out" / "search" / "locks").glob("*.lock")]
-            owners = {o["pid"] for lock in locks if (o := Store(cwd / "out" / "search").claimed(lock))}
-            victim = next((w for w in workers if w.pid in owners), None)
+            locks = [p.stem for p in (store.folder / "locks").glob("*.lock")]
+            owners = {o["pid"] for lock in locks if (o := store.claimed(lock))}
+            victim = next((w for w in workers if w.process.pid in owners), None)
             time.sleep(0.01)
-        victim.send_signal(signal.SIGKILL)
-        codes = [w.wait(timeout=300) for w in workers]
-        errors = [w.stderr.read() for w in workers]
+        victim.process.kill()
+        ended = [worker.wait() for worker in workers]
     finally:
         for worker in workers:
-            worker.kill()
-            worker.wait()
-    assert sorted(codes) == [-signal.SIGKILL, 0, 0, 0], errors
-    kept = {p.stem for p in runs.glob("*.json")}
+            worker.process.kill()
+    assert sorted(code for code, _ in ended) == [-signal.SIGKILL, 0, 0, 0], ended
+    kept = {p.stem for p in (store.folder / "runs").glob("*.json")}
     lost = 0
-    url = {"sqlite": f"sqlite:///{cwd}/out/search/search/study.db"}.get(storage, storage)
-    opened: object = url if storage != "journal" else open_storage("journal", cwd / "out" / "search")
-    if storage.startswith("postgres"):
-        opened = open_storage(storage, cwd)
     told = set()
     for method in ("lora", "ia3"):
-        study = optuna.load_study(study_name=f"search-{method}-tiny-bert-tiny", storage=opened)
+        study = optuna.load_study(study_name=f"search-{method}-tiny-bert-tiny",
+                                  storage=open_storage(storage, store.folder))  # fmt: skip
         states = Counter((t.state.name, t.user_attrs["status"]) for t in study.trials)
         lost += states.pop(("FAIL", "lost"), 0)
         assert states == {("COMPLETE", "completed"): trials}
@@ -197,21 +220,26 @@ def four_workers_one_of_which_is_killed(cwd, storage, trials=10):
         told |= set(ids)
     assert lost >= 1
     assert told == kept
-    assert not list((cwd / "out" / "search" / "locks").glob("*.lock"))
+    assert not list((store.folder / "locks").glob("*.lock"))
 
 
-def test_four_workers_lose_nothing_when_one_is_killed(tmp_path, storage):
-    four_workers_one_of_which_is_killed(tmp_path, storage)
+@pytest.mark.parametrize(
+    ("storage", "module"), [("sqlite", "peftbench.__main__"), ("journal", "peftbench.search.__main__")]
+)
+def test_four_workers_lose_nothing_when_one_is_killed(tmp_path, storage, module):
+    """The same command four times, which ends with a report; and the processes that `search.workers` starts."""
+    four_workers_one_of_which_is_killed(tmp_path, storage, module)
 
 
-def test_workers_of_one_command_share_its_trials(tmp_path):
-    done = start(tmp_path, "search.workers=2", "search.trials=4", "train.steps=2")
-    out, error = done.communicate(timeout=300)
-    assert done.returncode == 0, error
+def test_workers_of_one_command_share_its_trials(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert main(["search", *TINY, "search.workers=2", "search.trials=4", "train.steps=2"]) == 0
     study = optuna.load_study(study_name="search-lora-tiny-bert-tiny",
                               storage=f"sqlite:///{tmp_path}/out/search/search/study.db")  # fmt: skip
     assert Counter(t.state.name for t in study.trials) == {"COMPLETE": 4}
-    assert out.count("best of ") == 2
+    assert capfd.readouterr().out.count("best of ") == 2
 
 
 def test_workers_that_share_a_database_alone_share_its_trials(tmp_path):
@@ -221,15 +249,14 @@ def test_workers_that_share_a_database_alone_share_its_trials(tmp_path):
     for folder in folders:
         folder.mkdir()
     given = [f"search.storage={url}", "search.trials=5", "method=lora", "train.steps=10"]
-    workers = [start(folder, *given) for folder in folders]
-    for worker in workers:
-        _, error = worker.communicate(timeout=300)
-        assert worker.returncode == 0, error
+    for worker in [Worker(folder, "peftbench.search.__main__", *given) for folder in folders]:
+        code, said = worker.wait()
+        assert code == 0, said
     study = optuna.load_study(study_name="search-lora-tiny-bert-tiny", storage=url)
     done = [t for t in study.trials if t.user_attrs["status"] != "lost"]  # both may have asked for the last one
     assert [t.state.name for t in done] == ["COMPLETE"] * 5
-    ids = [p.stem for folder in folders for p in (folder / "out" / "search" / "runs").glob("*.json")]
-    assert sorted(ids) == sorted(t.user_attrs["run_id"] for t in done)
+    kept = {p.stem for folder in folders for p in (folder / "out" / "search" / "runs").glob("*.json")}
+    assert {t.user_attrs["run_id"] for t in done} == kept
 
 
 # PostgreSQL.

@@ -62,9 +62,6 @@ def search(arguments: Sequence[str], quiet: bool = False) -> int:
     from peftbench.search.prepare import prepare
 
     prepared = prepare(arguments)
-    if not quiet:
-        for line in prepared.lines:
-            say(line)
     code = interruptible(lambda: _work(prepared, arguments, quiet), lambda: prepared.folder)
     return 130 if code is None else code
 
@@ -72,13 +69,14 @@ def search(arguments: Sequence[str], quiet: bool = False) -> int:
 def _work(prepared: "Prepared", arguments: Sequence[str], quiet: bool) -> int:
     from peftbench.search.work import Worker, open_studies
 
+    studies = open_studies(prepared)
+    if not quiet:
+        for line in prepared.lines:
+            say(line)
     if prepared.config.workers > 1:
         _processes(prepared.config.workers, arguments, quiet)
-        studies = open_studies(prepared)
     else:
-        worker = Worker(prepared, quiet, tell=(lambda line: None) if quiet else say)
-        worker.work()
-        studies = worker.studies
+        Worker(prepared, quiet, tell=(lambda line: None) if quiet else say, studies=studies).work()
     code = finish(prepared, studies, quiet)
     if prepared.budget is not None and not any(map(_missing, studies)):
         code = max(code, _finals(prepared, studies, arguments, quiet))

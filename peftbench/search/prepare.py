@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peftbench import overrides, registry
 from peftbench.budget import PROTOCOL, Budget, Held, LeftOut, Unmatched, budget_of
-from peftbench.config import SweepConfig, build
+from peftbench.config import PROTOCOLS, SweepConfig, build, one_of
 from peftbench.errors import UserError
 from peftbench.plan import GROUPS, Demand, Point, points
 from peftbench.record import RunSpec, file_name
@@ -73,6 +73,7 @@ def prepare(arguments: Sequence[str]) -> Prepared:
         for option in fixed.get(group, ()):
             if group != "model" or ("/" not in str(option) and not Path(str(option)).exists()):
                 registry.check_option(group, str(option))
+    _check_protocol(str(fixed.get("protocol", ["held_out"])[0]), config)
     methods = [str(m) for m in fixed.get("method", ["lora"])]
     declared = {method: registry.declared(method) for method in methods}
     _check_given([*given, *spans], declared)
@@ -81,8 +82,6 @@ def prepare(arguments: Sequence[str]) -> Prepared:
     resolver = Resolver(sweep.device)
     budget = None
     if config.protocol == PROTOCOL:
-        if fixed.get("protocol", ["held_out"]) != ["held_out"]:
-            raise UserError(f"protocol={fixed['protocol'][0]}: given beside protocol={PROTOCOL}, which is held out")
         budget = budget_of(config, resolver)
         config = budget.config
     prepared = Prepared(config, sweep, sweep_folder(sweep), resolver, [], [], [], lines, budget)
@@ -93,10 +92,19 @@ def prepare(arguments: Sequence[str]) -> Prepared:
         own = [a for a in own if not a.key.startswith("method.") or a.key.removeprefix("method.") in declared[method]]
         named = {axis.key for axis in own}
         axes = [*(a for a in varied[method] if a.key not in named and a.key not in point), *own]
-        _add(prepared, point, axes)
+        _add(prepared, point, axes, named)
     if not prepared.abouts:
         raise UserError("; ".join(f"method={one.method}: {one.reason}" for one in prepared.left_out))
     return prepared
+
+
+def _check_protocol(given: str, config: SearchConfig) -> None:
+    """Raise UserError for a protocol of runs by which no search may choose."""
+    one_of("protocol", given, (*PROTOCOLS, PROTOCOL))
+    if given != "held_out" and config.protocol == PROTOCOL:
+        raise UserError(f"protocol={given}: given beside protocol={PROTOCOL}, which is held out")
+    if given != "held_out":
+        raise UserError(f"protocol={given}: a search would choose by the split that is reported; expected held_out")
 
 
 def _intervals(arguments: Sequence[str]) -> tuple[list[str], dict[str, Axis]]:
@@ -143,8 +151,12 @@ def _check_given(keys: Sequence[str], declared: dict[str, frozenset[str]]) -> No
     points(Demand([{"method": list(declared)}], given=fixed), declared)
 
 
-def _add(prepared: Prepared, point: Point, axes: Sequence[Axis]) -> None:
-    """Add the study of one point, its axes cut to what model and task allow."""
+def _add(prepared: Prepared, point: Point, axes: Sequence[Axis], given: Collection[str]) -> None:
+    """Add the study of one point, its axes cut to what model and task allow.
+
+    Args:
+        given: keys of axes that the command line names.
+    """
     config, resolver, method = prepared.config, prepared.resolver, str(point["method"])
     axes = sorted(axes, key=lambda axis: axis.key)
     middle = dict(point)
@@ -152,12 +164,18 @@ def _add(prepared: Prepared, point: Point, axes: Sequence[Axis]) -> None:
         resolver.spec(middle)  # raises where there is nothing to be mended by searching
     kept: list[Axis] = []
     for axis in axes:
-        whole, line = narrowed(axis, lambda value, key=axis.key: _refusal(resolver, {**middle, key: value}))  # type: ignore[misc]
+
+        def refused(value: Any, key: str = axis.key) -> str | None:
+            return _refusal(resolver, {**middle, key: value})
+
+        whole, line = narrowed(_in_whole_numbers(axis, refused), refused)
+        if whole is None:
+            if axis.key not in str(line):
+                raise UserError(str(line))  # it is not the axis that does not fit
+            where = "" if axis.key in given else f"{space.path_of(config.space)}: "
+            raise UserError(f"{where}{axis.key}: none of its values fits {method} on {point['model']}: {line}")
         if line is not None:
             prepared.lines.append(f"{method}: {axis.key}: {line}")
-        if whole is None:
-            where = space.path_of(config.space)
-            raise UserError(f"{where}: {axis.key}: none of its values fits {method} on {point['model']}: {line}")
         kept.append(whole)
     if not kept:
         raise UserError(f"method={method}: nothing to search; every key of search.space={config.space} is given")
@@ -194,6 +212,16 @@ def _add(prepared: Prepared, point: Point, axes: Sequence[Axis]) -> None:
     prepared.abouts.append(about)
     prepared.points.append(point)
     prepared.specs.append(spec)
+
+
+def _in_whole_numbers(axis: Axis, refused: Callable[[Any], str | None]) -> Axis:
+    """Return an axis of whole numbers where its setting takes no others: Hydra reads interval(2,8) as 2.0 to 8.0."""
+    low, high = axis.low, axis.high
+    if axis.choices or axis.whole or not (float(low).is_integer() and float(high).is_integer()):
+        return axis
+    if "whole number" not in (refused(low) or ""):
+        return axis
+    return dataclasses.replace(axis, low=int(low), high=int(high))
 
 
 def _refusal(resolver: Resolver, point: Point) -> str | None:

@@ -55,7 +55,7 @@ class SearchConfig:
     tolerance: float = 0.1
     target_parameters: str | int | None = None
     seconds: float | None = None
-    memory: str | None = None
+    memory: str | int | float | None = None
     target_flops: float | None = None
 
     def __post_init__(self) -> None:
@@ -126,6 +126,8 @@ def split(arguments: Sequence[str]) -> tuple[SearchConfig, list[str]]:
             value = [Override._convert_value(v) for v in override.sweep_iterator()]
         if name == "objectives":
             value = tuple(value) if isinstance(value, list) else (value,)
+            if not all(isinstance(one, str) for one in value):
+                raise UserError(f"{argument}: expected names, of {', '.join(OBJECTIVES)}")
         elif isinstance(value, list):
             raise UserError(f"{argument}: search.{name} takes one value")
         found[name] = value

@@ -13,15 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
+import sqlalchemy
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from peftbench.errors import UserError
 from peftbench.search import FOLDER
 
 OWN = {"sqlite": "study.db", "journal": "journal.log"}
 """Storages that are files of the results folder."""
+TABLE_PAUSES = (0.3, 1.0, 2.0)
+"""Seconds between attempts to make a database's tables."""
 
 
 def described(storage: str, folder: Path) -> str:
@@ -33,6 +37,12 @@ def described(storage: str, folder: Path) -> str:
     return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", storage)
 
 
+def check_reachable(url: str, folder: Path) -> None:
+    """Raise UserError unless the database of a URL answers; nothing is written to it."""
+    with _told(url, folder), sqlalchemy.create_engine(_with_driver(url), poolclass=NullPool).connect():
+        pass
+
+
 def open_storage(storage: str, folder: Path) -> BaseStorage:
     """Open what `search.storage` names.
 
@@ -42,24 +52,30 @@ def open_storage(storage: str, folder: Path) -> BaseStorage:
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    try:
-        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    with _told(storage, folder):
+        if storage in OWN:
+            (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         if storage == "journal":
             return JournalStorage(JournalFileBackend(str(folder / FOLDER / OWN[storage])))
-        if storage == "sqlite":
-            # workers wait for each other's writes
-            return RDBStorage(described(storage, folder), engine_kwargs={"connect_args": {"timeout": 60}})
-        try:
-            return RDBStorage(_with_driver(storage), engine_kwargs={"pool_pre_ping": True})
-        except (SQLAlchemyError, optuna.exceptions.StorageInternalError):
-            time.sleep(1.0)  # two machines may have begun to make the tables of a new database at the same time
-            return RDBStorage(_with_driver(storage), engine_kwargs={"pool_pre_ping": True})
+        url = _with_driver(described(storage, folder) if storage == "sqlite" else storage)
+        # workers wait for each other's writes
+        options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+        for pause in TABLE_PAUSES:
+            with contextlib.suppress(SQLAlchemyError, optuna.exceptions.StorageInternalError):
+                return RDBStorage(url, engine_kwargs=options)
+            time.sleep(pause)  # machines may have begun to make the tables of a new database at the same time
+        return RDBStorage(url, engine_kwargs=options)
+
+
+@contextlib.contextmanager
+def _told(storage: str, folder: Path) -> Iterator[None]:
+    """Turn what goes wrong with a storage into UserError."""
+    try:
+        yield
     except ImportError as error:
         hint = "; pip install 'peftbench[postgres]'" if storage.startswith("postgres") else ""
         reason = str(error).splitlines()[0]
         raise UserError(f"search.storage={described(storage, folder)}: {reason}{hint}") from error
-    except UserError:
-        raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"search.storage={described(storage, folder)}: cannot be opened ({reason})") from error

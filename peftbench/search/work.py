@@ -19,8 +19,8 @@ from peftbench.record import RunSpec
 from peftbench.resolve import Plan
 from peftbench.run import run_pack
 from peftbench.search.prepare import Prepared
-from peftbench.search.storage import locked, open_storage
-from peftbench.search.studies import Heart, Study
+from peftbench.search.storage import OWN, check_reachable, locked, open_storage
+from peftbench.search.studies import Heart, Study, counts
 from peftbench.store import Store
 from peftbench.sweep import pack_up
 from peftbench.training import Evaluation, schedule
@@ -96,11 +96,12 @@ def open_studies(prepared: Prepared) -> list[Study]:
         abouts = [
             dataclasses.replace(about, rungs=schedule(spec)) for about, spec in zip(abouts, prepared.specs, strict=True)
         ]
+    if config.storage not in OWN:
+        check_reachable(config.storage, prepared.folder)
     Store(prepared.folder).prepare()
     with locked(prepared.folder):
         storage = open_storage(config.storage, prepared.folder)
-        exclusive = config.storage in ("sqlite", "journal")
-        return [Study(about, config, storage, exclusive) for about in abouts]
+        return [Study(about, config, storage, config.storage in OWN) for about in abouts]
 
 
 class Worker:
@@ -112,10 +113,11 @@ class Worker:
         quiet: bool = False,
         alone: bool = True,
         tell: Callable[[str], None] = lambda line: None,
+        studies: list[Study] | None = None,
     ) -> None:
-        """Open the studies; a worker that is not `alone` on its terminal writes lines."""
+        """Open the studies unless they are given; a worker that is not `alone` on its terminal writes lines."""
         self.prepared, self.quiet, self.alone, self.tell = prepared, quiet, alone, tell
-        self.studies = open_studies(prepared)
+        self.studies = open_studies(prepared) if studies is None else studies
         self.store = Store(prepared.folder, prepared.sweep.retry_failed)
         self.fit = self._fit()
 
@@ -138,6 +140,7 @@ class Worker:
             while True:
                 asked = self._ask()
                 if asked:
+                    self.tell(self._standing(asked))
                     self._train(asked)
                 elif all(study.done for study in self.studies):
                     return
@@ -155,6 +158,14 @@ class Worker:
                 for trial in study.ask(self.prepared.config.batch_size):
                     found.append(self._run_of(Asked(study, trial), point))
         return found
+
+    def _standing(self, asked: Sequence[Asked]) -> str:
+        """Return how many trials follow, and how many are done."""
+        done = sum(counts(t) and t.state.is_finished() for study in self.studies for t in study.trials())
+        follow = "1 trial follows" if len(asked) == 1 else f"{len(asked)} trials follow"
+        endless = any(study.about.held.room is not None for study in self.studies)
+        total = "" if endless else f" of {self.prepared.config.trials * len(self.studies)}"
+        return f"{follow}, {done}{total} are done"
 
     def _run_of(self, asked: Asked, point: Mapping[str, Any]) -> Asked:
         try:
