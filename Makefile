@@ -1,5 +1,6 @@
 # make demo    create the environment from pinned versions and run the default sweep
 # make test    lint, types and tests
+# make paper   the paper from records: sources always, the PDF where LaTeX is installed
 # make env     only the environment; VENV=<folder> and PYTHON=<3.11 or newer> choose where and with what
 
 VENV ?= .venv
@@ -10,7 +11,7 @@ STAMP := $(VENV)/.installed-$(shell cat constraints.txt pyproject.toml setup.py 
 WORKERS ?= 2
 SWEEP ?=
 
-.PHONY: demo test env lint types pytest clean
+.PHONY: demo test paper env lint types pytest clean
 
 demo: env
 	$(PY) -m peftbench sweep $(SWEEP)
@@ -23,6 +24,12 @@ lint: env
 
 types: env
 	$(PY) -m mypy
+
+# The PDF is kept beside its prose: paper/peftbench.pdf.
+paper: env
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) -m peftbench paper
+	@if test -f paper/build/peftbench.pdf; then cp paper/build/peftbench.pdf paper/peftbench.pdf && \
+		echo "kept: paper/peftbench.pdf"; fi
 
 # One thread a worker: two workers with two threads each on two cores wait for each other.
 pytest: env

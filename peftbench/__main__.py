@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import peftbench
-from peftbench.cli import doctor, estimate, lists, profile, report, reproduce, search, sweep, verify
+from peftbench.cli import doctor, estimate, lists, paper, profile, report, reproduce, search, sweep, verify
 from peftbench.environment import COMMAND
 from peftbench.errors import UserError, nearest
 
@@ -21,6 +21,7 @@ COMMANDS = {
     "estimate": ("predict cost and what fits into a GPU", estimate.HELP),
     "verify": ("compare methods with reference implementations", verify.HELP),
     "reproduce": ("published figures beside ours", reproduce.HELP),
+    "paper": ("the paper from records", paper.HELP),
     "methods": ("list the methods", lists.METHODS_HELP),
     "models": ("list the models", lists.MODELS_HELP),
     "tasks": ("list the tasks", lists.TASKS_HELP),
@@ -77,6 +78,11 @@ def parser() -> Parser:
             forms = one.add_mutually_exclusive_group()
             for form in ("json", "markdown", "latex"):
                 forms.add_argument(f"--{form}", action="store_const", const=form, dest="form", default="table")
+        if name == "paper":
+            one.add_argument("folder", nargs="?", help="of its prose (default: paper)")
+            one.add_argument("--results", metavar="folder", help="of all records (default: results)")
+            one.add_argument("--out", metavar="folder", help="default: <folder>/build")
+            one.add_argument("--no-pdf", action="store_true", help="sources alone")
         if name == "report":
             one.add_argument("folder", nargs="?", help="<results>/<sweep.name>")
             one.add_argument("--compare", nargs=2, metavar=("A", "B"), help="report B, with what changed since A")
@@ -125,6 +131,8 @@ def dispatch(arguments: Sequence[str]) -> int:
             rate=given.rate,
             form=given.form,
         )
+    if given.command == "paper":
+        return paper.paper(given.folder, given.results, given.out, not given.no_pdf)
     if given.command == "doctor":
         return doctor.doctor()
     if given.command == "methods":
