@@ -77,6 +77,12 @@ def _configurations(results: Sequence[str] | None) -> list[Any]:
     return configurations([DEFAULT_RESULTS], lambda line: None) if Path(DEFAULT_RESULTS).is_dir() else []
 
 
+def _measurements(results: Sequence[str] | None) -> list[Any]:
+    from peftbench.reproduce import measured
+
+    return measured.load(results or [DEFAULT_RESULTS])
+
+
 def _values(names: list[str], results: Sequence[str] | None, listed: bool, form: str) -> int:
     from peftbench import published
     from peftbench.reproduce import pages
@@ -108,7 +114,7 @@ def _counts(names: list[str], form: str) -> int:
 def _claims(results: Sequence[str] | None, form: str) -> int:
     from peftbench.reproduce import pages
 
-    table, plain = pages.claims_table(_configurations(results))
+    table, plain = pages.claims_table(_configurations(results), _measurements(results))
     return _print(table, plain, form)
 
 
@@ -153,8 +159,11 @@ def _experiment(name: str) -> str:
     """Return the experiment that a paper, a row, a claim or its own name stands for."""
     from peftbench import published, registry
     from peftbench.reproduce.budget import experiment_of
+    from peftbench.reproduce.measured import FOLDER
 
     claim = published.claims().get(name)
+    if claim is not None and claim.experiment == FOLDER:
+        raise UserError(f"{name}: no sweep; it is measured by python experiments/{FOLDER}/measure.py")
     for found in (name, f"reproduce-{name}", claim.experiment if claim is not None else None):
         if found is not None and found in registry.experiments():
             return found

@@ -13,6 +13,7 @@ from peftbench import published
 from peftbench.analysis.tables import MISSING, Table
 from peftbench.published import Claim, Value
 from peftbench.reproduce import claims
+from peftbench.reproduce import measured as measured_claims
 from peftbench.reproduce.budget import experiment_of, experiments_of
 from peftbench.reproduce.records import Configuration, best_answer
 from peftbench.reproduce.verdicts import NOT_RUN, VERDICTS, Difference, Measured, Verdict, judge
@@ -136,11 +137,27 @@ def _raw(one: Judged) -> dict[str, Any]:
     }
 
 
-def claims_table(found: Sequence[Configuration]) -> tuple[Table, list[dict[str, Any]]]:
+def judged_claims(
+    found: Sequence[Configuration], measurements: Sequence[Mapping[str, Any]] = ()
+) -> list[tuple[Claim, Verdict, tuple[str, ...]]]:
+    """Return every claim with its verdict and the records that it rests on.
+
+    Args:
+        measurements: of single configurations (`measured.load`), for claims that no training decides.
+    """
+    judged = []
+    for claim in published.claims().values():
+        own = claim.rule in measured_claims.RULES
+        judged.append((claim, *(measured_claims.judge(claim, measurements) if own else claims.judge(claim, found))))
+    return judged
+
+
+def claims_table(
+    found: Sequence[Configuration], measurements: Sequence[Mapping[str, Any]] = ()
+) -> tuple[Table, list[dict[str, Any]]]:
     """Return all claims judged, as a table and as plain data."""
     rows, plain = [], []
-    for claim in published.claims().values():
-        verdict, records = claims.judge(claim, found)
+    for claim, verdict, records in judged_claims(found, measurements):
         rows.append([claim.id, claim.statement, str(verdict), verdict.reason])
         plain.append({
             "id": claim.id, "published": {"paper": claim.paper.key, "citation": claim.paper.citation,

@@ -83,7 +83,7 @@ def configurations(roots: Iterable[str | Path], tell: Callable[[str], None] = la
     Raises:
         UserError: a root is no folder, or is itself a sweep's with unreadable records.
     """
-    groups: dict[tuple[str, str], list[Record]] = {}
+    named: list[tuple[str, Record]] = []
     for root in roots:
         if not Path(root).expanduser().is_dir():
             raise UserError(f"--results {root}: no such folder")
@@ -96,8 +96,15 @@ def configurations(roots: Iterable[str | Path], tell: Callable[[str], None] = la
                     raise
                 tell(f"left out: {error}")
                 continue
-            for record in records:
-                groups.setdefault((name, _content(record["spec"])), []).append(record)
+            named += [(name, record) for record in records]
+    return grouped(named)
+
+
+def grouped(named: Iterable[tuple[str, Record]]) -> list[Configuration]:
+    """Return records, each with the name of its folder, as configurations."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for name, record in named:
+        groups.setdefault((name, _content(record["spec"])), []).append(record)
     return [Configuration(folder, tuple(found)) for (folder, _), found in groups.items()]
 
 
