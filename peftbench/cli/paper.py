@@ -39,9 +39,7 @@ def paper(folder: str | None, results: str | None, out: str | None, pdf: bool = 
     made = build(home, where, target)
     for source in made.missing:
         print(f"not measured: {source.shown} ({source.command})")
-    print(
-        f"sources: {target / MAIN} ({len(made.values.found)} values, {len(made.sheets)} tables, {len(made.figures)} figures)"
-    )
+    print(f"sources: {target / MAIN} ({len(made.values.found)} values, {len(made.sheets)} tables)")
     lacking = latex.missing()
     if not pdf or lacking:
         if pdf and lacking:

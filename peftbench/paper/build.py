@@ -96,7 +96,7 @@ def collect(folder: Path, results: Path) -> Paper:
     values.put("build/alpha", f"{ALPHA:g}")
     values.put("build/power", f"{POWER:g}")
     sheets |= kept.put_methods(values)
-    sheets |= kept.put_verdicts(results, values)
+    sheets |= kept.put_verdicts(sources, values)
     sheets |= provenance.put(sources, values)
     return Paper(values, sheets, drawn, sources)
 

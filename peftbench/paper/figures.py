@@ -11,10 +11,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from peftbench.analysis import plots
 from peftbench.analysis.comparisons import Comparison, Panel
-from peftbench.analysis.frame import COMPONENTS
+from peftbench.analysis.frame import COMPONENTS, number, over_tasks, rows_of
+from peftbench.analysis.pareto import front
 from peftbench.analysis.plots import COLOURS, GREY, INK, PAGE_INCHES, PARTS, RC
 from peftbench.paper import packing, peers
 from peftbench.paper.names import contestant, method, model
@@ -35,19 +37,55 @@ def save(figure: Figure, path: Path) -> None:
 
 def of_study(study: Study) -> dict[str, Callable[[], Figure]]:
     """Return what draws the figures of a folder of runs: gaps, quality against parameters, learning rates tried."""
-    found: dict[str, Callable[[], Figure]] = {f"{study.name}-pareto-tasks": lambda: _pareto(study, "")}
+    found: dict[str, Callable[[], Figure]] = {f"{study.name}-pareto-tasks": lambda: _tasks(study)}
     if any(one.gaps for _, one in study.parts):
         found[f"{study.name}-gaps"] = lambda: gaps(study)
     if study.suite is not None:
-        found[f"{study.name}-pareto"] = lambda: _pareto(study, "-mean")
+        found[f"{study.name}-pareto"] = lambda: pareto(study)
     if len(study.table) > len(study.chosen):
         found[f"{study.name}-rates"] = lambda: next(plots.learning_rate_plots(named(study.table))).figure
     return found
 
 
-def _pareto(study: Study, ending: str) -> Figure:
+def _tasks(study: Study) -> Figure:
     every = plots.pareto_plots(named(study.chosen))
-    return next(plot.figure for plot in every if plot.name == f"pareto-parameters{ending}")
+    return next(plot.figure for plot in every if plot.name == "pareto-parameters")
+
+
+def pareto(study: Study) -> Figure:
+    """Draw the mean over tasks against adapter parameters across the page, a name beside each point."""
+    rows = rows_of(over_tasks(named(study.chosen)))
+    rows = [r for r in rows if number(r["test_mean"]) is not None and number(r["adapter_parameters"]) is not None]
+    styles = plots.Styles(named(study.chosen))
+    scale = plots.Scale([float(r["adapter_parameters"]) for r in rows], "count", True)
+    points = [(scale(float(r["adapter_parameters"])), float(r["test_mean"])) for r in rows]
+    better = bool(rows[0]["greater_is_better"])
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=(PAGE_INCHES, 3.9), layout="constrained")
+        FigureCanvasAgg(figure)
+        ax = figure.subplots()
+        scale.apply(ax, "adapter parameters")
+        best = front([r["test_mean"] for r in rows], [r["adapter_parameters"] for r in rows], better)
+        line = [points[i] for i in best.members]
+        line.append((ax.get_xlim()[1], line[-1][1]))
+        ax.step(*zip(*line, strict=True), where="post", color=plots.FAINT, linewidth=1.4, zorder=2, gid="front")
+        for row, (x, y) in zip(rows, points, strict=True):
+            style = styles.marker(row, 4.2)
+            if row["is_reference"]:
+                ax.axhline(y, color=GREY, linewidth=0.7, linestyle=(0, (4, 3)), zorder=1, gid="reference")
+            ax.plot(
+                [x, x], [y - (row["test_std"] or 0), y + (row["test_std"] or 0)], color=style["color"], linewidth=0.7
+            )
+            ax.plot(x, y, zorder=5, **style)
+        ax.set_ylabel(f"test metric, mean of {rows[0]['tasks']} tasks")
+        ax.margins(y=0.06)
+        figure.draw_without_rendering()
+        figure.set_layout_engine(None)
+        if not plots.place_labels(ax, points, [str(r["variant"]) for r in rows], size=6.0):
+            labels = [str(r["variant"]) for r in rows]
+            handles = [Line2D([], [], **styles.marker(r, 4.2)) for r in rows]
+            ax.legend(handles, labels, ncols=3, fontsize=5.5, loc="lower right")
+    return figure
 
 
 def named(table: pd.DataFrame) -> pd.DataFrame:
@@ -74,7 +112,7 @@ def gaps(study: Study) -> Figure:
             _gap_panel(ax, one, order)
             ax.set_title(name)
         for ax in grid[max(0, len(parts) - columns) : len(parts)]:
-            ax.set_xlabel("test metric less full fine-tuning's" if columns < 4 else "less full")
+            ax.set_xlabel("gap to full fine-tuning" if columns < 4 else "gap to full")
         grid[0].set_yticks(range(len(order)), [method(variant) for variant in order], fontsize=6 if many else 7)
         grid[0].set_ylim(len(order) - 0.4, -0.6)
     return figure
@@ -103,6 +141,7 @@ def _gap_panel(axes: Axes, comparison: Comparison, order: Sequence[str]) -> None
         face = colour if verdict.apart else "white"
         axes.plot(verdict.estimate.value, place, "o", color=colour, markersize=3.4, markerfacecolor=face, zorder=4)
     axes.set_xlim(-reach, reach * 0.45)  # longer intervals leave the frame
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", color="#EEEEEE", linewidth=0.5, zorder=0)
 
@@ -210,5 +249,5 @@ def wall(records: Sequence[Record]) -> Figure:
         ax.set_ylim(len(bars) - 0.4, -0.6)
         ax.tick_params(axis="y", length=0)
         ax.set_xlabel("seconds a run")
-        ax.legend(loc="lower right")
+        figure.legend(loc="outside lower center", ncols=4)
     return figure

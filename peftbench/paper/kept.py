@@ -1,15 +1,17 @@
 """What the package itself keeps: declarations of methods, the parity gate's results, verdicts on published figures."""
 
 from collections import Counter
-from pathlib import Path
+from collections.abc import Sequence
 
 from peftbench import published, registry, verify
 from peftbench.paper.names import METHODS
-from peftbench.paper.values import Sheet, Values, cells, key, listed, tex
-from peftbench.reproduce import pages
+from peftbench.paper.sources import Source
+from peftbench.paper.values import Sheet, Values, cells, key, tex
+from peftbench.reproduce import measured, pages
 from peftbench.reproduce.records import configurations
 
 NOT_RUN = "not run here"
+RAGGED = r">{\raggedright\arraybackslash}"
 CITED = {
     "adalora": "zhang2023adalora", "bitfit": "benzaken2022bitfit", "boft": "liu2024boft",
     "compacter": "mahabadi2021compacter", "dora": "liu2024dora", "fourierft": "gao2024fourierft",
@@ -53,42 +55,53 @@ def put_methods(values: Values) -> dict[str, Sheet]:
         idea = tex(str(one["idea"]).rstrip("."))
         packs = "yes" if one["traits"]["packable"] else "no"
         rows.append([name, idea, *cells([packs, ", ".join(dict.fromkeys(against)) or None])])
-    spec = r"p{0.25\textwidth}p{0.46\textwidth}lp{0.15\textwidth}"
+    spec = rf"p{{0.25\textwidth}}{RAGGED}p{{0.46\textwidth}}l{RAGGED}p{{0.15\textwidth}}"
     return {"methods": Sheet(spec, ["method", "what trains", "packs", "held against"], rows)}
 
 
-def put_verdicts(results: Path, values: Values) -> dict[str, Sheet]:
-    """Keep the verdicts on published figures and claims by the records here; returns the table of those that ran."""
-    found = configurations([results])
-    judged = pages.judged(published.chosen([]), found)
+def put_verdicts(sources: Sequence[Source], values: Values) -> dict[str, Sheet]:
+    """Keep the verdicts on published figures and claims by the sources' records; returns the tables of those judged."""
+    here = [one for one in sources if one.there is not None]
+    found = configurations([one.there for one in here if one.kind == "runs" and one.there is not None])
+    measurements = measured.load([one.there for one in here if one.kind == "claims" and one.there is not None])
+    rows_ = published.chosen([])
+    # Rows of methods and tasks that nothing here was run with need no look at every record.
+    ran = {(c.spec["method"]["name"], c.spec["task"].get("data") or c.spec["task"]["name"]) for c in found}
+    judged = pages.judged([row for row in rows_ if (row.here.method, row.here.task) in ran], found)
+    judged = [one for one in judged if one.verdict.verdict != NOT_RUN]
     counts = Counter(one.verdict.verdict for one in judged)
-    values.count("published/rows", len(judged))
-    values.count("published/papers", len({one.row.paper.key for one in judged}))
-    values.count("published/run", len(judged) - counts[NOT_RUN])
-    values.count("published/not-run", counts[NOT_RUN])
+    values.count("published/rows", len(rows_))
+    values.count("published/papers", len({row.paper.key for row in rows_}))
+    values.count("published/run", len(judged))
+    values.count("published/not-run", len(rows_) - len(judged))
     for verdict in pages.VERDICTS:
-        values.count(f"published/verdict/{key(verdict)}", counts[verdict])
-    claims, plain = pages.claims_table(found)
-    ran = [c for c in plain if c["verdict"] != NOT_RUN]
+        if verdict != NOT_RUN:
+            values.count(f"published/verdict/{key(verdict)}", counts[verdict])
+    claims, plain = pages.claims_table(found, measurements)
+    tried = [c for c in plain if c["verdict"] != NOT_RUN]
+    verdicts = Counter(c["verdict"] for c in tried)
     values.count("claims/count", len(plain))
-    values.count("claims/run", len(ran))
-    values.put("claims/run-names", listed([c["id"] for c in ran]))
+    values.count("claims/run", len(tried))
+    values.count("claims/not-run", len(plain) - len(tried))
+    for verdict in pages.VERDICTS:
+        if verdict.startswith("claim"):
+            values.count(f"claims/{key(verdict.removeprefix('claim '))}", verdicts[verdict])
     rows: list[list[str]] = []
     before = ""
-    for one in (one for one in judged if one.verdict.verdict != NOT_RUN):
+    for one in judged:
         reason = one.verdict.reason
         rows.append(_line(one, "as above" if reason == before else reason))
         before = reason
-    spec = r"llrrlp{0.36\textwidth}"
+    spec = rf"llrrl{RAGGED}p{{0.36\textwidth}}"
     headers = ["published as", "task", "published", "here", "verdict", "why"]
     sheets = {"verdicts": Sheet(spec, headers, rows)} if rows else {}
-    if ran:
+    if tried:
         lines = [
             cells([row[1], row[2], row[3]])
             for row, c in zip(claims.rows, plain, strict=True)
             if c["verdict"] != NOT_RUN
         ]
-        spec = r"p{0.36\textwidth}lp{0.42\textwidth}"
+        spec = rf"{RAGGED}p{{0.36\textwidth}}l{RAGGED}p{{0.42\textwidth}}"
         sheets["claims"] = Sheet(spec, ["claim", "verdict", "why"], lines)
     return sheets
 

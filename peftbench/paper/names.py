@@ -11,8 +11,8 @@ METHODS = {
     "vera": "VeRA",
 }  # fmt: skip
 MODELS = {
-    "minilm-l6": "MiniLM-L6", "smollm2-135m": "SmolLM2-135M", "llama-3.2-1b": "Llama-3.2-1B", "llama-3.1-8b": "Llama-3.1-8B",
-    "roberta-base": "RoBERTa-base",
+    "minilm-l6": "MiniLM-L6", "smollm2-135m": "SmolLM2-135M", "llama-3.2-1b": "Llama-3.2-1B",
+    "llama-3.1-8b": "Llama-3.1-8B", "roberta-base": "RoBERTa-base",
 }  # fmt: skip
 MODES = {"-compiled-graphs": "compiled, graphs", "-compiled": "compiled", "-graphs": "graphs"}
 HALVES = {"-bf16": "bf16", "-autocast": "autocast"}
@@ -34,7 +34,7 @@ def contestant(name: str) -> str:
     if name == "frozen":
         return "frozen model, forward and backward"
     whose, _, rest = name.partition("-")
-    said = []
+    said: list[str] = []
     for ending, word in (*MODES.items(), *HALVES.items()):
         if rest.endswith(ending):
             rest = rest.removesuffix(ending)

@@ -81,7 +81,7 @@ def put_wall(source: Source, values: Values) -> dict[str, Sheet]:
         rates = {arm: 3600 * r["runs"] / whole_seconds(r) for arm, r in one.items()}
         for arm in ARMS:
             _wall(f"{source.name}/{case}/{arm}", arm, one, rates, values)
-        shown = [*(a for a in ("hf", "1") if a in one), *sorted((a for a in one if a not in ("hf", "1", "packed")))]
+        shown = [*(a for a in ("hf", "1") if a in one), *sorted(set(one) - {"hf", "1", "packed"})]
         rows += [None] if rows and shown else []
         rows += [_wall_line(title, arm, one[arm], rates) for arm in shown]
     for what in ("device", "torch"):
@@ -91,8 +91,8 @@ def put_wall(source: Source, values: Values) -> dict[str, Sheet]:
         return {}
     put_origin(source, records[-1], values)
     headers = ["case", "arm", "runs timed", "seconds", "runs an hour", r"$\times$ Trainer", r"$\times$ alone"]
-    headers += ["ms, run and step", *SPENT, ONCE]
-    return {source.name: Sheet("ll" + "r" * (len(headers) - 2), headers, rows)}
+    headers.append("ms, run and step")
+    return {source.name: Sheet("llrrrrrr", headers, rows)}
 
 
 def _wall(prefix: str, arm: str, one: Mapping[str, Record], rates: Mapping[str, float], values: Values) -> None:
@@ -122,16 +122,10 @@ def named(arm: str, record: Record) -> str:
 
 
 def _wall_line(title: str, arm: str, record: Record, rates: Mapping[str, float]) -> list[str]:
-    step, parts, whole = step_seconds(record), spent(record), whole_seconds(record)
-    line = [
-        title,
-        named(arm, record),
-        f"{record['runs_timed']} of {record['runs']}",
-        decimals(record["wall_seconds"], 1),
-    ]
-    line += [f"{rates[arm]:.0f}", *(decimals(rates[arm] / rates[o], 2) if o in rates else None for o in ("hf", "1"))]
-    line += [decimals(None if step is None else 1000 * step, 2), *(f"{100 * s / whole:.0f} %" for s in parts.values())]
-    return cells(line)
+    step, timed = step_seconds(record), f"{record['runs_timed']} of {record['runs']}"
+    line = [title, named(arm, record), timed, decimals(record["wall_seconds"], 1), f"{rates[arm]:.0f}"]
+    line += [decimals(rates[arm] / rates[other], 2) if other in rates else None for other in ("hf", "1")]
+    return cells([*line, decimals(None if step is None else 1000 * step, 2)])
 
 
 def curves(records: Sequence[Record], execution: str) -> dict[int, list[tuple[int, float]]]:
@@ -184,7 +178,11 @@ def put_curve(source: Source, values: Values) -> dict[str, Sheet]:
                 decimals(top[0], 1),
                 None if top[1] is None else f"{top[1]:,}",
                 decimals(line[-1][1], 2) if line else None,
-                None if not line else "no number measured" if end is None else f"about {float(f'{end:.2g}'):,.0f}",
+                None
+                if not line
+                else "no number of tokens that was measured"
+                if end is None
+                else f"about {float(f'{end:.2g}'):,.0f} tokens",
             ),
             strict=True,
         ):

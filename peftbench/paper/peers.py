@@ -186,8 +186,8 @@ def put_loss(source: Source, values: Values) -> dict[str, Sheet]:
     """Keep what the loss over a large vocabulary costs, against all logits in memory."""
     shapes: dict[tuple[int, ...], dict[str, Record]] = {}
     for record in source.lines():
-        shape = (record["rows"], record["width"], record["vocabulary"])
-        shapes.setdefault(shape, {})[record["contestant"]] = record
+        sides = (record["rows"], record["width"], record["vocabulary"])
+        shapes.setdefault(sides, {})[record["contestant"]] = record
     rows = []
     put_origin(source, next(iter(next(iter(shapes.values())).values())), values)
     for shape, found in shapes.items():

@@ -30,12 +30,12 @@ def put(sources: Sequence[Source], values: Values) -> dict[str, Sheet]:
     values.count("records/sources", len(sources))
     values.count("records/there", sum(one.there is not None for one in sources))
     headers = ["below the checkout", "records", "device", "torch", "commit", "sha256"]
-    return {"provenance": Sheet("lrp{0.2\\textwidth}llr", headers, rows)}
+    return {"provenance": Sheet("lrlllr", headers, rows)}
 
 
 def _records(source: Source) -> Sequence[Record]:
     assert source.there is not None
-    return source.lines() if source.there.is_file() else Store(source.there.absolute()).records()
+    return Store(source.there.absolute()).records() if source.kind in ("runs", "search") else source.lines()
 
 
 def _environment(record: Record, key: str) -> str | None:

@@ -18,7 +18,8 @@ TASKS = {
 
 def sheets(study: Study) -> dict[str, Sheet]:
     """Return the tables by name: `<study>-tasks`, `<study>-mean` and `<study>-<task>`, `<study>-cost`."""
-    found = {f"{study.name}-{part}": comparison_sheet(one) for part, one in study.parts if len(one.rows) > 1}
+    alone = len(study.parts) == 1  # a single task has room for what is said against the head
+    found = {f"{study.name}-{part}": comparison_sheet(one, alone) for part, one in study.parts if len(one.rows) > 1}
     if study.suite is not None:
         found[f"{study.name}-tasks"] = tasks_sheet(study)
     cost = cost_sheet(study)
@@ -44,14 +45,15 @@ def tasks_sheet(study: Study) -> Sheet:
         rows.append(written)
     headers = ["method", "parameters", f"mean of {len(panels)}"]
     headers += [TASKS.get(str(p.rows[0]["task"]), p.title) for p in panels]
-    measures = ["", "", *(tex(metric_title(p.rows[0]["primary_metric"])) for p in panels)]
+    titles = [metric_title(p.rows[0]["primary_metric"]).removesuffix(" correlation") for p in panels]
+    measures = ["", "", *map(tex, titles)]
     return Sheet("lrr" + "l" * len(panels), [*map(tex, headers)], [["", "", *measures[1:]], None, *rows])
 
 
-def comparison_sheet(comparison: Comparison) -> Sheet:
+def comparison_sheet(comparison: Comparison, heads_too: bool) -> Sheet:
     """Return each method's value with its interval, its gaps with theirs, and its tiers."""
     digits = metric_digits([e.value for e in comparison.estimates])
-    heads = over(comparison) if place_of(comparison, HEAD) is not None else {}
+    heads = over(comparison) if heads_too and place_of(comparison, HEAD) is not None else {}
     headers = ["method", "parameters", "test", r"95\,\% interval"]
     if comparison.reference is not None:
         headers += ["gap to full", r"95\,\% interval", "$p$ (Holm)", "MDE"]
@@ -97,7 +99,11 @@ def cost_sheet(study: Study) -> Sheet | None:
             continue
         steps = [v for m in members if (v := number(m["step_seconds_p50"])) is not None]
         span = " to ".join(dict.fromkeys([human_seconds(min(steps)), human_seconds(max(steps))])) if steps else None
-        line = [method(variant), human_count(most("adapter_parameters")), human_bytes(most("checkpoint_bytes"))]
+        line: list[str | None] = [
+            method(variant),
+            human_count(most("adapter_parameters")),
+            human_bytes(most("checkpoint_bytes")),
+        ]
         line += [_mega(most("flops_per_token")), human_bytes(most("memory_peak_bytes")), span]
         rows.append((most("memory_peak_bytes") or 0.0, cells(line)))
     if not rows:

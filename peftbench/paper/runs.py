@@ -64,15 +64,30 @@ class Study:
         return comparisons.panels(self.records, self.runs, self.chosen)
 
     @cached_property
+    def suites(self) -> list[Suite]:
+        """Return the panels of each model together, where there are several tasks."""
+        return comparisons.suites(self.panels)
+
+    @property
     def suite(self) -> Suite | None:
-        """Return the panels together, where there are several."""
-        return next(iter(comparisons.suites(self.panels)), None)
+        """Return the only suite; None where there is none, or one a model."""
+        return self.suites[0] if len(self.suites) == 1 else None
 
     @property
     def parts(self) -> list[tuple[str, Comparison]]:
-        """Return the comparisons by the part of keys that names them, that over tasks first."""
-        several = [] if self.suite is None else [(MEAN, self.suite)]
-        return [*several, *((key(panel.title), panel) for panel in self.panels)]
+        """Return the comparisons by the part of keys that names them, those over tasks first.
+
+        It is the task's name, and where a folder has several models or devices theirs after it. Single seeds are not
+        compared: there is nothing to compare them with.
+        """
+        if all(len(s.runs) < 2 for panel in self.panels for s in panel.samples):
+            return []
+        several = [c for c in ("model", "device_kind") if self.runs[c].nunique() > 1]
+
+        def name(task: str, one: Comparison) -> str:
+            return key("-".join([task, *(str(one.rows[0][c]) for c in several)]))
+
+        return [*((name(MEAN, s), s) for s in self.suites), *((name(p.title, p), p) for p in self.panels)]
 
 
 def place_of(comparison: Comparison, method: str) -> int | None:
@@ -302,6 +317,12 @@ def _rates(study: Study, values: Values) -> None:
         chosen = best.get(tuple(group))
         if len(rates) < 2 or chosen is None or not chosen["seeds"]:
             continue
+        means = list(tried["validation_mean"].dropna())
+        several = [str(chosen[c]) for c in ("model", "device_kind") if study.runs[c].nunique() > 1]
+        prefix = f"{study.name}/{key('-'.join([frame.task_title(chosen), *several]))}/{key(chosen['variant'])}"
+        digits = metric_digits(means)
+        values.number(f"{prefix}/tried-least", min(means, default=None), digits)
+        values.number(f"{prefix}/tried-most", max(means, default=None), digits)
         choices += 1
         low += chosen["learning_rate"] == rates[0]
         high += chosen["learning_rate"] == rates[-1]

@@ -12,7 +12,7 @@ from peftbench.paper.values import Sheet, Values, cells, tex
 
 
 def put(source: Source, records: Sequence[Record], values: Values) -> dict[str, Sheet]:
-    """Keep what the final runs say and what tuning took; returns their tables, `<source>-tuned` beside those of runs."""
+    """Keep what the final runs say and what tuning took; returns their tables, `<source>-tuned` among them."""
     assert source.there is not None
     plan = search_report.read_plan(source.there)
     assert plan is not None

@@ -1,4 +1,4 @@
-"""What the paper is made from: `records.yaml` names each source, where its records lie and the command that makes them."""
+"""What the paper is made from: `records.yaml` names each source, its records' place and the command that makes them."""
 
 import gzip
 import hashlib
@@ -15,7 +15,7 @@ from peftbench.errors import UserError, nearest
 Record = Mapping[str, Any]
 FILE = "records.yaml"
 KINDS = (
-    *("runs", "search", "steps", "small", "loss", "dequantize", "operations", "memory"),
+    *("runs", "search", "claims", "steps", "small", "loss", "dequantize", "operations", "memory"),
     *("packing-wall", "packing-curve", "packing-pairs"),
 )
 
@@ -27,7 +27,7 @@ class Source:
     Attributes:
         name: the first part of its values' keys.
         kind: what its records are of, one of `KINDS`.
-        path: a folder of runs, or a file of lines, below the results' folder.
+        path: a folder (of runs; for `claims` of files of lines), or a file of lines, below the results' folder.
         command: what makes them.
         there: where they lie here; None where they do not.
     """
@@ -50,8 +50,10 @@ class Source:
             UserError: a line is no json object.
         """
         assert self.there is not None
+        paths = [self.there] if self.there.is_file() else sorted(self.there.glob("*.jsonl"))
         try:
-            found = [json.loads(line) for line in self.there.read_text(encoding="utf-8").splitlines() if line.strip()]
+            texts = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+            found = [json.loads(line) for line in texts if line.strip()]
         except (OSError, ValueError) as error:
             raise UserError(f"{self.there}: unreadable records ({error})") from error
         if not found or not all(isinstance(record, dict) for record in found):
@@ -73,6 +75,7 @@ def _files(there: Path) -> list[Path]:
     if there.is_file():
         return [there]
     kept = [there / "records.jsonl.gz", there / "search" / "budget.json", *sorted((there / "runs").glob("*.json"))]
+    kept += sorted(there.glob("*.jsonl"))
     return [path for path in kept if path.is_file()]
 
 

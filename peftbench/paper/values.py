@@ -25,6 +25,7 @@ def tex(text: str) -> str:
     out = tex_escape(text)
     for sign, written in (MATHEMATICS | TYPOGRAPHY).items():
         out = out.replace(sign, written)
+    out = out.replace(r" \%", r"\,\%")
     out = out.replace("--", "-{}-") if "--" in text else out  # two hyphens of a command are no dash
     strange = sorted({c for c in out if ord(c) > 255})
     if strange:
@@ -133,7 +134,7 @@ class Sheet:
     rows: Sequence[Sequence[str] | None]
 
     def tex(self, long: bool = False) -> str:
-        """Return a `tabular` with booktabs rules, or a `longtable` under `\\longcaption`, which may break over pages."""
+        """Return a `tabular` with booktabs rules, or a `longtable` under `\\longcaption`, to break over pages."""
         head = " & ".join(self.headers) + r" \\"
         body = [r"\midrule" if row is None else " & ".join(row) + r" \\" for row in self.rows]
         if long:
