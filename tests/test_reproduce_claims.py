@@ -61,6 +61,44 @@ def test_not_worse(lora, full, verdict):
 
 
 @pytest.mark.parametrize(
+    ("dora", "low", "high", "verdict"),
+    [
+        (91.0, 0.0, None, HOLDS),
+        (89.0, 0.0, None, CONTRADICTED),
+        (90.0, 0.0, None, UNDECIDED),
+        (89.5, -1.0, None, HOLDS),
+        (90.2, -1.0, 1.0, HOLDS),
+        (92.0, -1.0, 1.0, CONTRADICTED),
+        (88.0, -1.0, 1.0, CONTRADICTED),
+        (91.0, -1.0, 1.0, UNDECIDED),
+    ],
+)
+def test_difference_within(dora, low, high, verdict):
+    sides = {"first": {"name": "dora", "rank": 4}, "second": {"name": "lora", "targets": ["all"]}}
+    found = [arm("dora", 1e-3, dora, rank=4), arm("dora", 1e-3, 50.0, rank=8)]
+    found += [arm("lora", 1e-3, 90.0, targets=["all"]), arm("lora", 1e-3, 50.0, targets=["mlp.up"])]
+    said = claims.difference_within(found, **sides, low=low, high=high)
+    assert said.verdict == verdict
+    assert said.reason.startswith("dora of rank 4 − lora on all: [")
+    assert claims.difference_within(found[1:], **sides, low=low).reason == "lacks dora of rank 4"
+    assert claims.difference_within(found[:2], **sides, low=low).reason == "lacks lora on all"
+
+
+def test_an_edge_of_either_side_keeps_back_what_it_could_overturn():
+    sides = {"first": {"name": "dora"}, "second": {"name": "lora"}}
+    high, low = curve("dora", HIGH, 1e-3), [arm("lora", a.rate, a.test[1] - 5) for a in curve("lora", HIGH, 1e-3)]
+    assert claims.difference_within([*high, *low], **sides, low=0.0).verdict == HOLDS
+    assert claims.difference_within([*high, *low[:3]], **sides, low=0.0).verdict == UNDECIDED
+    assert claims.difference_within([*high[:3], *low], **sides, low=0.0).verdict == HOLDS  # it could only do better
+    turned = {"first": sides["second"], "second": sides["first"]}
+    assert claims.difference_within([*high, *low], **turned, low=0.0).verdict == CONTRADICTED
+    assert claims.difference_within([*high, *low[:3]], **turned, low=0.0).verdict == UNDECIDED
+    same = [arm("lora", a.rate, a.test[1]) for a in high]
+    assert claims.difference_within([*high, *same], **sides, low=-1.0, high=1.0).verdict == HOLDS
+    assert claims.difference_within([*high[:3], *same], **sides, low=-1.0, high=1.0).verdict == UNDECIDED
+
+
+@pytest.mark.parametrize(
     ("base", "larger", "noise", "verdict"),
     [
         (88.0, 90.0, NOISE, HOLDS),
@@ -249,6 +287,7 @@ def test_claims_are_not_run_without_records_and_their_experiments_can_give_what_
         assert set(claim.rows) <= set(published.values())
         grids = demand({}, claim.experiment).grids
         methods = {m for g in grids for m in g["method"]}
+        assert {claim.settings[k]["name"] for k in ("first", "second") if k in claim.settings} <= methods
         assert {claim.settings[k] for k in ("method", "reference") if k in claim.settings} <= methods
         wanted = set(claim.settings.get("ranks", ())) | {claim.settings[k] for k in ("rank",) if k in claim.settings}
         given = {r for g in grids for r in g.get("method.rank", ())}

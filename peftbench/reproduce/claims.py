@@ -186,6 +186,49 @@ def not_worse(found: Sequence[Arm], *, method: str, rank: int, reference: str, m
     return Found(verdict, f"{method} − {reference}: {_text(ends)}, margin {limit:g}{edge}", _ids(mine, theirs))
 
 
+def difference_within(
+    found: Sequence[Arm],
+    *,
+    first: Mapping[str, Any],
+    second: Mapping[str, Any],
+    low: float,
+    high: float | None = None,
+    tasks: int = 1,
+) -> Found:
+    """Say whether `first` less `second`, each at its own learning rate, is between `low` and `high` points.
+
+    Sides are named by settings of the method, its `name` among them. Without `high` there is no upper limit. Holds if
+    the interval of the difference is within, is contradicted if it is outside, neither where the learning rate of the
+    side that came off worse by that is at an edge.
+    """
+    sides = [of(found, side["name"], **{k: v for k, v in side.items() if k != "name"}) for side in (first, second)]
+    names = [_told(side) for side in (first, second)]
+    if not all(sides):
+        return _missing(names[0] if not sides[0] else names[1])
+    mine, theirs = best(sides[0]), best(sides[1])
+    limits = _margin(found, low), None if high is None else _margin(found, high)
+    ends, ids = interval(mine.test, theirs.test, tasks), _ids(mine, theirs)
+    if ends is None:
+        return Found(UNDECIDED, "needs two seeds a side", ids)
+    holds = ends[0] >= limits[0] and (limits[1] is None or ends[1] <= limits[1])
+    below, above = ends[1] < limits[0], limits[1] is not None and ends[0] > limits[1]
+    # with an upper limit either side's edge could overturn what holds, and the lower side's what does not
+    edge = (holds and at_edge(sides[1])) or (below and at_edge(sides[0])) or (above and at_edge(sides[1]))
+    edge = edge or (holds and high is not None and at_edge(sides[0]))
+    verdict = UNDECIDED if edge else HOLDS if holds else CONTRADICTED if below or above else UNDECIDED
+    claimed = f"at least {limits[0]:g}" if limits[1] is None else f"{limits[0]:g} to {limits[1]:g}"
+    told = f"{names[0]} − {names[1]}: {_text(ends)}, claimed {claimed}"
+    return Found(verdict, told + ("; a side is best at the edge of its learning rates" if edge else ""), ids)
+
+
+def _told(side: Mapping[str, Any]) -> str:
+    """Return a side's settings in words: "lora of rank 8 on mlp.up, mlp.down"."""
+    words = [str(side["name"])]
+    words += [f"of rank {side['rank']}"] if "rank" in side else []
+    words += [f"on {', '.join(side['targets'])}"] if "targets" in side else []
+    return " ".join(words)
+
+
 def gain(found: Sequence[Arm], *, method: str, key: str, baseline: float, least: float, tasks: int = 1) -> Found:
     """Say whether the best value of the setting `key` gains over `baseline`, each at its own learning rate.
 
@@ -307,7 +350,8 @@ def rates_agree(found: Sequence[Arm], *, method: str, ranks: Sequence[int], fact
 
 
 RULES: dict[str, Callable[..., Found]] = {
-    rule.__name__: rule for rule in (rank_insensitive, not_worse, gain, better_at_largest, rate_ratio, rates_agree)
+    rule.__name__: rule
+    for rule in (rank_insensitive, not_worse, difference_within, gain, better_at_largest, rate_ratio, rates_agree)
 }
 
 
