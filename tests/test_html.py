@@ -14,7 +14,7 @@ import time
 import pytest
 
 from peftbench import overrides
-from peftbench.analysis import commands, html, page_data
+from peftbench.analysis import commands, html, page_data, plots
 from peftbench.analysis.frame import COMPONENTS, configurations, frame, selected
 from peftbench.analysis.report import write_report
 from peftbench.cli import vocabulary
@@ -61,11 +61,17 @@ def sweep():
     return [with_parts(record) for record in found]
 
 
+def paged(records, folder, **more):
+    """Write a report but for the figures, which take most of the time and are no part of the page."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "all_plots", lambda table: iter(()))
+        write_report(records, folder, **more)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    found = tmp_path_factory.mktemp("html") / "results/a-sweep"
-    write_report(sweep(), found)
-    return found
+    return paged(sweep(), tmp_path_factory.mktemp("html") / "results/a-sweep")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +101,7 @@ def test_the_page_is_one_file_that_names_no_other_address(text):
 
 
 def test_the_same_records_give_the_same_page(folder, tmp_path):
-    write_report(list(reversed(sweep())), tmp_path / "results/a-sweep")
+    paged(list(reversed(sweep())), tmp_path / "results/a-sweep")
     assert digests(tmp_path / "results/a-sweep")["report/index.html"] == digests(folder)["report/index.html"]
 
 
@@ -145,7 +151,7 @@ def test_sections_stand_in_the_report_and_in_the_page(tmp_path):
     picture = tmp_path / "a.png"
     picture.write_bytes(b"\x89PNG")
     one = html.Section("A search", ["*How* it went."], [], [(picture, "Values by trial.")])
-    write_report(sweep(), tmp_path / "r", sections=[one])
+    paged(sweep(), tmp_path / "r", sections=[one])
     page = (tmp_path / "r/report/index.html").read_text()
     assert '<h2 id="h-extra-1">A search</h2>' in page
     coded = base64.b64encode(picture.read_bytes()).decode()
@@ -154,10 +160,12 @@ def test_sections_stand_in_the_report_and_in_the_page(tmp_path):
 
 
 def test_without_plotly_all_else_is_written_and_one_line_says_so(tmp_path, monkeypatch):
-    write_report(sweep(), tmp_path / "r")
+    few = [run(method, seed) for method in ("full", "ia3") for seed in range(2)]
+    paged(few, tmp_path / "r")
+    assert (tmp_path / "r/report/index.html").exists()
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "plotly" else there(name))
-    paths = write_report(sweep(), tmp_path / "r")
+    paths = write_report(few, tmp_path / "r")
     assert html.missing() == "index.html not written: plotly is not installed; pip install 'peftbench[report]'"
     assert not (tmp_path / "r/report/index.html").exists()  # none of an earlier state either
     assert html.missing() in (tmp_path / "r/report/report.md").read_text()
@@ -335,6 +343,12 @@ def test_filters_choose_what_is_drawn(browser):
     change(browser, "pareto", choose("pareto-controls", "rank", ""))
     change(browser, "pareto", choose("pareto-controls", "x", "adapter_parameters"))
     change(browser, "pareto", "document.querySelector('[data-tick=all]').click()")
+    change(browser, "pareto", "document.querySelector('input[name=names]').click()")
+    modes = "return document.getElementById('pareto-chart').data.slice(1).map(t => t.mode)"
+    assert set(browser.execute_script(modes)) == {"markers+text"}
+    change(browser, "pareto", choose("pareto-controls", "task", ""))
+    change(browser, "pareto", "document.querySelector('input[name=names]').click()")
+    assert browser.get_log("browser") == []
 
 
 def test_a_pointed_at_configuration_shows_its_command_and_stays_when_selected(browser):
@@ -437,6 +451,15 @@ def test_every_run_has_a_view(browser):
     assert browser.get_log("browser") == []
 
 
+def test_shades_reach_from_the_worst_to_the_best_of_a_task(browser):
+    drawn(browser, "heat")
+    shades = browser.execute_script("return document.getElementById('heat-chart').data[0]")
+    assert (shades["zmin"], shades["zmax"]) == (0, 1)
+    assert shades["y"][-1] == "full"  # on top
+    assert [max(column) for column in zip(*shades["z"], strict=True)] == [1, 1]
+    assert [min(column) for column in zip(*shades["z"], strict=True)] == [0, 0]
+
+
 def test_tasks_that_cost_differently_have_bars_of_their_own(browser):
     drawn(browser, "memory")
     bars = "return document.getElementById('memory-chart').data[0].y"
@@ -516,7 +539,7 @@ def test_records_without_costs_or_traces_make_a_page(tmp_path):
         record = make_record(seed=seed)
         record |= {"cost": None, "trace": None, "environment": {}}
         bare.append(record)
-    write_report(bare, tmp_path)
+    paged(bare, tmp_path)
     page = (tmp_path / "report/index.html").read_text()
     assert blob(page, "core")["memory"] == {"keys": [], "rows": []}
     with opened(tmp_path) as driver:

@@ -127,8 +127,30 @@ def test_lost_runs_take_no_part():
     after += later([run("ia3", 0, status="diverged", error="loss became non-finite")])
     found = changes.changes(*sides(before, after))
     assert [c.second["method"] for c in found] == ["lora"]
+    text = " ".join(changes.section(*sides(before, after)).text)
+    (lost,) = [r["run_id"] for r in after if r["status"] == "diverged"]
+    assert f"**1 run did not complete in after that did in before** (diverged: {lost})." in text
+    assert "did not complete in before" not in text
     with pytest.raises(UserError, match="after: no completed run"):
         sides(before, [run("ia3", 0, status="failed", error="x")])
+
+
+def test_seeds_in_common_decide_what_is_identical():
+    before = [run("lora", seed) for seed in range(3)]
+    (two,) = changes.changes(*sides(before, later(before[1:])))
+    assert (two.pairs, two.identical) == (2, True)
+    (others,) = changes.changes(*sides(before, later([run("lora", seed) for seed in (2, 7, 8)])))
+    assert (others.pairs, others.identical) == (0, False)
+
+
+def test_what_changed_stands_first_and_a_terminal_is_spared_the_identical():
+    before = sweep(("rte",))
+    (table,) = changes.section(*sides(before, worse(later(before), "lora", 0.3))).tables
+    assert [row[0] for row in table.rows] == ["lora", "full", "head", "ia3"]
+    assert table.raw["method"].tolist() == ["lora", "full", "head", "ia3"]
+    brief = changes.without_identical(table)
+    assert [row[0] for row in brief.rows] == ["lora"]
+    assert brief.notes[-1] == "3 identical ones are in the report."
 
 
 def kept(folder, records):
@@ -168,3 +190,5 @@ def test_a_folder_that_is_not_there_is_named(tmp_path, capsys):
     there = kept(tmp_path / "there", sweep(("rte",), seeds=2))
     assert main(["report", "--compare", str(tmp_path / "ther"), there]) == 2
     assert "ther: no such folder" in capsys.readouterr().err
+    assert main(["report", "--compare", there, f"{there}/../there"]) == 2
+    assert "one folder; expected two sweeps" in capsys.readouterr().err

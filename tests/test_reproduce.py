@@ -14,6 +14,7 @@ from peftbench.record import RunRecord
 from peftbench.reproduce import pages
 from peftbench.reproduce.protocol import differences, roles
 from peftbench.reproduce.records import best_answer, configurations
+from peftbench.reproduce.section import section
 from peftbench.reproduce.verdicts import (
     DIFFERS,
     EXACT,
@@ -428,3 +429,16 @@ def test_verdicts_load_without_torch():
 
     code = "import sys, peftbench.reproduce.pages; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_report_has_the_published_figures_that_its_runs_answer():
+    """lora-t2-roberta-base-lora-rte is answered, by another protocol; no other model's and no other task's row is."""
+    made = section([record(seed, 0.86).to_dict() for seed in range(3)], "results/x")
+    (table,) = made.tables
+    cells = {cells[0]: cells for cells in table.rows}
+    assert "lora-t2-roberta-base-lora-rte" in cells
+    assert cells["lora-t2-roberta-base-lora-rte"][4] == MISMATCH
+    assert all("rte" in name and "roberta-base" in name for name in cells)
+    assert any(line.startswith("**lora**: Hu et al. 2021") for line in made.text)
+    assert section([record(0, status="diverged").to_dict()], "results/x") is None
+    assert section([record(0, **{"model.name": "tiny-bert"}).to_dict()], "results/x") is None

@@ -9,7 +9,7 @@ it: what changed nothing for them cannot have made them better or worse.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,8 +43,8 @@ class Side:
 class Change:
     """One configuration in both sweeps: `estimate` is the second's mean less the first's; `pairs` of seeds, or 0.
 
-    `over` says what of the test items is known; `differs` names parts of the identity; `identical`: the same seeds
-    came out the same in every metric and item that was kept of the test.
+    `over` says what of the test items is known; `differs` names parts of the identity; `identical`: the seeds compared
+    are the same on both sides and came out the same in every metric and item that was kept of the test.
     """
 
     first: Row
@@ -118,14 +118,17 @@ def _change(first: Side, second: Side, key: str) -> Change:
         != {str(dig(r, ("spec", "identity", name))) for r in records[1]}
     ]
     over = reason if items is None else f"{len(items[0])} items"
+    outcomes = [_outcomes(side, shared) for side in records]
     return Change(
         first.rows[key], second.rows[key], paired or difference(new, old), len(shared) if paired else 0, over,
-        tuple(differs), old.seeds == new.seeds and _outcomes(records[0]) == _outcomes(records[1]),
+        tuple(differs),
+        (paired is not None or old.seeds == new.seeds) and outcomes[0] == outcomes[1],
     )  # fmt: skip
 
 
-def _outcomes(records: Sequence[Record]) -> list[tuple[Any, Any]]:
-    return [(dig(r, ("quality", "test")), dig(r, ("quality", "items", "test"))) for r in records]
+def _outcomes(records: Sequence[Record], seeds: set[int]) -> list[tuple[Any, Any]]:
+    kept = [r for r in records if int(r["spec"]["seed"]) in seeds]
+    return [(dig(r, ("quality", "test")), dig(r, ("quality", "items", "test"))) for r in kept]
 
 
 def verdicts_of(found: Sequence[Change]) -> list[Verdict | None]:
@@ -182,7 +185,8 @@ def _sentences(first: Side, second: Side, found: Sequence[Change], verdicts: Seq
     if differs:
         what = ", ".join(f"{n.replace('_', ' ')} ({sum(n in c.differs for c in found)})" for n in differs)
         lines.append(f"Between them, beside the settings, these differ (configurations): {what}.")
-    lines += [line for line in (_commits(first, second), _only(first, second), _only(second, first)) if line]
+    said = (_commits(first, second), _only(first, second), _only(second, first))
+    lines += [line for line in (*said, _lost(first, second), _lost(second, first)) if line]
     paired = sum(c.pairs > 0 for c in found)
     lines.append(f"{paired} are compared seed by seed, {len(found) - paired} by their means as independent runs.")
     return lines
@@ -205,12 +209,40 @@ def _only(here: Side, there: Side) -> str:
     return f"Only in {here.name}: {len(rows)} configurations ({'; '.join(names[:MOST_NAMES])}{more})."
 
 
+def _lost(completed: Side, here: Side) -> str:
+    """Return a line on runs that completed on the one side and are there, but did not complete, on the other."""
+    scored = _by_run(completed)
+    lost = {key: r for key, r in _by_run(here).items() if r["status"] != "completed" and key in scored}
+    lost = {key: r for key, r in lost.items() if scored[key]["status"] == "completed"}
+    if not lost:
+        return ""
+    names = sorted(f"{r['status'].replace('_', ' ')}: {r['run_id']}" for r in lost.values())
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    what = f"**{len(lost)} run{'s' * (len(lost) > 1)} did not complete in {here.name} that did in {completed.name}**"
+    return f"{what} ({'; '.join(names[:MOST_NAMES])}{more})."
+
+
+def _by_run(side: Side) -> dict[tuple[str, Any], Record]:
+    """Return each run's record; of several, a completed one."""
+    return {(same(r["spec"]), r["spec"]["seed"]): r for r in side.records.values()}
+
+
+def without_identical(table: Table) -> Table:
+    """Return a comparison's table without the rows in which nothing changed, and a note on how many these are."""
+    verdict = table.headers.index("changed")
+    kept = [row for row in table.rows if row[verdict] != "identical"]
+    left = len(table.rows) - len(kept)
+    note = [f"{left} identical ones are in the report."] if left else []
+    return replace(table, rows=kept, notes=[*table.notes, *note])
+
+
 def _table(first: Side, second: Side, found: Sequence[Change], verdicts: Sequence[Verdict | None]) -> Table:
     digits = metric_digits([c.second["test_mean"] for c in found])
     several = [(c, h) for c, h in (("model", "model"),) if len({x.second[c] for x in found}) > 1]
     costs = [c for c in COSTS if any(_ratio(x, c) is not None for x in found)]
     rows, raws = [], []
-    for change, verdict in zip(found, verdicts, strict=True):
+    # What changed stands first, what could not be told next, what is identical last; each by task, model and method.
+    for change, verdict in sorted(zip(found, verdicts, strict=True), key=lambda pair: _rank(pair[1])):
         ends = interval(change.estimate)
         shown = MISSING if ends is None else f"[{', '.join(plus_minus(e, None, digits, signed=True) for e in ends)}]"
         rows.append(
@@ -236,6 +268,10 @@ def _table(first: Side, second: Side, found: Sequence[Change], verdicts: Sequenc
         text_columns=2 + len(several),
         notes=["Test metrics are means ± standard deviation over seeds. × is the second's cost over the first's."],
     )  # fmt: skip
+
+
+def _rank(verdict: Verdict | None) -> int:
+    return 2 if verdict is None else int(not verdict.apart)
 
 
 def _verdict(change: Change, verdict: Verdict | None, digits: int) -> str:

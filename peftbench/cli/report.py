@@ -32,14 +32,16 @@ def report(
         compare: two folders: report the second, with what changed since the first.
 
     Raises:
-        UserError: there are no records, `slim` is asked for alone, or not one folder or two to compare are given.
+        UserError: there are no records, `slim` is asked for alone, or not one folder or two different ones are given.
     """
-    from peftbench.analysis import search_report
+    from peftbench.analysis import changes, search_report
 
     if slim and not consolidate:
         raise UserError("--slim says how to --consolidate: give both")
     if (folder is None) == (compare is None):
         raise UserError("report takes a folder, or --compare and two folders (python -m peftbench report --help)")
+    if compare is not None and Path(compare[0]).expanduser().resolve() == Path(compare[1]).expanduser().resolve():
+        raise UserError(f"--compare {compare[0]} {compare[1]}: one folder; expected two sweeps")
     store, records = _opened(str(folder if compare is None else compare[1]))
     sections = [] if compare is None else [_changes(compare[0], store, records)]
     found = search_report.read_plan(store.folder)
@@ -48,9 +50,10 @@ def report(
     if len(shown) < len(records):
         print(f"{len(records) - len(shown)} runs of a search's trials are in its own report alone")
     for section in sections:
-        for table in section.tables:
-            show_table(table, Console(width=None if Console().is_terminal else 200))
-        print("\n".join(section.text))
+        for table in map(changes.without_identical, section.tables):
+            if table.rows:
+                show_table(table, Console(width=None if Console().is_terminal else 200))
+        print("\n".join(line.replace("**", "") for line in section.text))
     write_report(store, sections)
     if consolidate:
         print(f"records: {store.consolidate(slim)}")

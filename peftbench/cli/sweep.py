@@ -206,13 +206,15 @@ def write_report(store: Store, further: Sequence[Any] = ()) -> list[Path]:
     """Write the report of all records of a store, and that of its search where there is one, and print the paths.
 
     Args:
-        further: sections of the report beside those of a search (`peftbench.analysis.html.Section`).
+        further: sections of the report beside those of a search and of published figures (`analysis.html.Section`).
     """
     from peftbench.analysis import html, search_report
     from peftbench.analysis.report import write_report as write
+    from peftbench.reproduce.section import section
 
     records, sections = search_report.for_report(store.folder, store.records())
-    paths = write(records, store.folder, vocabulary.defaults(records), [*sections, *further])
+    beside = filter(None, [section(records, store.folder.name)])
+    paths = write(records, store.folder, vocabulary.defaults(records), [*sections, *further, *beside])
     for line in [*report_lines(paths), *filter(None, [html.missing()])]:
         print(line)
     return paths

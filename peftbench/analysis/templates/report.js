@@ -19,6 +19,8 @@
     joules: [[1e3, " kJ"], [1, " J"], [1e-3, " mJ"]],
   };
   const MISSING = "–";
+  const dark = () => matchMedia("(prefers-color-scheme: dark)").matches;
+  const ON_DARK = { "#882255": "#F0E442" }; // too dim there: Okabe and Ito's yellow
 
   // -- what lies in the page ------------------------------------------------------------------------------------------
 
@@ -101,7 +103,7 @@
     const made = element(
       "table",
       { class: "sortable" },
-      element("caption", { id: name }, caption),
+      element("caption", { id: name }, element("span", {}, caption)),
       element("thead", {}, element("tr", {}, ...headers.map((h, i) => element("th", { scope: "col", class: i >= text ? "n" : null }, h)))),
       element("tbody", {}, ...body),
     );
@@ -185,7 +187,6 @@
       hoverlabel: { align: "left", bgcolor: css("--shade"), bordercolor: css("--soft"), font: { color: css("--ink"), size: 11 } },
       legend: narrow() ? { orientation: "h", y: -0.3, font: { size: 10 } } : { font: { size: 11 } },
       height: narrow() ? 460 : 520,
-      transition: { duration: 0 },
       ...more,
     };
     merged.xaxis = { ...axis, ...more.xaxis };
@@ -223,7 +224,8 @@
   function look(core, method, variant) {
     const known = core.looks.methods[method] ?? { colour: null, symbol: "circle" };
     const filled = method === core.looks.reference ? "" : (core.looks.fills[variant] ?? "");
-    return { colour: known.colour ?? css("--ink"), symbol: known.symbol + filled };
+    const colour = (dark() && ON_DARK[known.colour]) || known.colour || css("--ink");
+    return { colour, symbol: known.symbol + filled };
   }
 
   // Quality against cost.
@@ -369,8 +371,8 @@
       }));
       await draw("heat", [{
         type: "heatmap", x: tasks, y: variants, z, text, texttemplate: "%{text}", textfont: { size: narrow() ? 9 : 11, color: "#222222" }, hovertext: over, hoverinfo: "text",
-        colorscale: [[0, "#F5F5F5"], [1, "#56B4E9"]], // dark text is legible on all of it zmin: 0, zmax: 1, xgap: 1, ygap: 1,
-        colorbar: narrow() ? undefined : { title: { text: "of the task's range", side: "right" }, tickvals: [0, 1], ticktext: ["worst", "best"], thickness: 12 }, showscale: !narrow(),
+        colorscale: [[0, "#F5F5F5"], [1, "#56B4E9"]], zmin: 0, zmax: 1, xgap: 1, ygap: 1, // dark text is legible on all of it
+        colorbar: narrow() ? undefined : { title: { text: "of the task's range", side: "right" }, tickvals: [0, 1], ticktext: ["worst", "best"], thickness: 12, lenmode: "pixels", len: 200, y: 1, yanchor: "top" }, showscale: !narrow(),
       }], { height: 120 + 20 * variants.length, margin: { l: 8, r: 12, t: 36, b: 12 }, xaxis: { type: "category", side: "top", fixedrange: true, showgrid: false }, yaxis: { type: "category", fixedrange: true, showgrid: false, dtick: 1, tickfont: { size: narrow() ? 9 : 11 } } });
       caption("heat", "Mean test score over seeds, shaded from a task's worst to its best configuration; ordered by the mean shade. Each task has a metric and a range of its own: compare shades down a column, not along a row.");
       data("heat", table("Mean test score ± standard deviation over seeds", ["method", ...tasks], [...variants].reverse().map((v) => [v, ...tasks.map((t) => score(cell(v, t)?.test, cell(v, t)?.test_std))])));
@@ -452,7 +454,7 @@
         hovertext: mine.map((r) => `<b>${escaped(r.variant)}</b><br>${part}: ${human(r[part], "bytes")}<br>peak: ${human(r.peak, "bytes")}<br>tasks: ${escaped(r.tasks)}`), hoverinfo: "text",
       }));
       traces.push({ type: "scatter", mode: "markers", name: "peak", y: names, x: mine.map((r) => r.peak / factor), marker: { symbol: "line-ns", size: 13, line: { width: 2, color: css("--ink") } }, hoverinfo: "skip" });
-      await draw("memory", traces, { barmode: "stack", height: 150 + 20 * mine.length, legend: { orientation: "h", y: 1.02, yanchor: "bottom" }, margin: { l: 8, r: 12, t: 40, b: 48 }, xaxis: { title: { text: `memory at the peak (${suffix.trim()})` } }, yaxis: { type: "category", dtick: 1, tickfont: { size: narrow() ? 9 : 11 } } });
+      await draw("memory", traces, { barmode: "stack", height: 150 + 20 * mine.length, legend: { orientation: "h", y: 1.02, yanchor: "bottom", traceorder: "normal" }, margin: { l: 8, r: 12, t: 40, b: 48 }, xaxis: { title: { text: `memory at the peak (${suffix.trim()})` } }, yaxis: { type: "category", dtick: 1, tickfont: { size: narrow() ? 9 : 11 } } });
       caption("memory", "Marks: the peak as plain steps have it; the components come from one recorded step and miss it by the residual.");
       data("memory", table(host(mine[0]), ["method", "peak", ...parts.map(([p]) => p), "residual"], [...mine].reverse().map((r) => [names[mine.indexOf(r)], human(r.peak, "bytes"), ...parts.map(([p]) => human(r[p], "bytes")), human(r.residual, "bytes")])));
     };
@@ -481,8 +483,8 @@
     $("runs-page").textContent = `page ${page + 1} of ${last + 1}`;
     $("runs-before").disabled = page === 0;
     $("runs-after").disabled = page === last;
-    const made = table("Runs", ["run", "status", "task", "model", "configuration", "seed", "metric", "validation", "test"],
-      shown.map((r) => [link(r), status(r), r.task, r.model, r.label, String(r.seed), r.metric, score(r.validation), score(r.test)]), 5);
+    const made = table("Runs", ["run", "status", "task", "model", "configuration", "metric", "seed", "validation", "test"],
+      shown.map((r) => [link(r), status(r), r.task, r.model, r.label, r.metric, String(r.seed), score(r.validation), score(r.test)]), 6);
     made.classList.remove("tall");
     $("runs-list").replaceChildren(made);
   }
@@ -554,7 +556,7 @@
       settings("Environment", parts[run.environment]),
     );
     document.title = `${id} · peftbench`;
-    window.scrollTo(0, 0);
+    $("run-view").scrollIntoView({ behavior: "instant" });
     $("h-run").focus({ preventScroll: true });
     charts.trace = () => lossChart(run, trace);
     seen.add("trace");
@@ -571,7 +573,7 @@
     await draw("trace", traces, {
       height: 380, margin: { l: 8, r: 8, t: 12, b: 48 }, legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
       xaxis: { title: { text: "optimizer step" }, rangemode: "tozero" }, yaxis: { title: { text: "training loss" } },
-      yaxis2: { overlaying: "y", side: "right", title: { text: `validation ${run.metric}` }, showgrid: false, automargin: true },
+      yaxis2: { overlaying: "y", side: "right", title: { text: `validation ${run.metric}` }, showgrid: false, zeroline: false, automargin: true },
       yaxis3: { overlaying: "y", side: "right", visible: false, showgrid: false },
     });
     caption("trace", (trace.every > 1 ? `Each point of the loss is the mean of ${trace.every} steps. ` : "") + "The legend shows and hides curves; the learning rate is hidden at first.");
