@@ -20,6 +20,10 @@ from peftbench.store import Store
 MAIN = "main.tex"
 KEPT = ("methods", "parity", "published", "claims", "build", "command", "records")
 """First parts of keys that are no sources'."""
+JUDGED = ("verdicts", "claims")
+"""Tables that are there once a record has a verdict."""
+EDITION = 12
+"""Hexadecimal digits that name an edition; in the PDF's information, too."""
 NAMED = re.compile(r"\\(val|recordtable|longrecordtable|recordfigure|ifrecords|rerun)\s*(?:\[[^]]*\])?\s*\{([^{}#]*)\}")
 COMMENT = re.compile(r"(?<!\\)%.*")
 
@@ -135,7 +139,7 @@ def check(paper: Paper, texts: dict[Path, str]) -> set[str]:
             else:
                 held = paper.figures if what == "recordfigure" else paper.sheets
                 owner = max((n for n in names if name == n or name.startswith(f"{n}-")), key=len, default="")
-                fits, known = name in held or owner in absent or name == "claims", list(held)
+                fits, known = name in held or owner in absent or name in JUDGED, list(held)
                 used.add(name)
             if not fits:
                 raise UserError(f"{path}: \\{what}{{{name}}}: no such thing in the records{nearest(name, known)}")
@@ -151,7 +155,7 @@ def build(folder: Path, results: Path, out: Path) -> Paper:
     texts = prose(folder)
     paper = collect(folder, results)
     paper.digest = digest(folder, paper.sources)
-    paper.values.put("build/digest", paper.digest[:12])
+    paper.values.put("build/digest", paper.digest[:EDITION])
     used = check(paper, texts)
     generated = out / "generated"
     try:
@@ -184,7 +188,7 @@ def _write(path: Path, paper: Paper, text: str) -> None:
 def _definitions(paper: Paper, used: set[str]) -> str:
     held = Values({name: text for name, text in paper.values.found.items() if name in used})
     flags = [f"\\paperrecords{{{one.name}}}" for one in paper.sources if one.there is not None]
-    return held.tex() + "\n".join([*sorted(flags), ""])
+    return held.tex() + "\n".join([*sorted(flags), f"\\def\\paperedition{{{paper.digest[:EDITION]}}}", ""])
 
 
 def _listing(paper: Paper) -> str:

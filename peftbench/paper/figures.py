@@ -234,8 +234,8 @@ def wall(records: Sequence[Record]) -> Figure:
     """Draw what a run of each arm takes, by what the time goes to."""
     bars: list[tuple[str, Record]] = []
     for case, found in packing.arms(records).items():
-        names = [*(arm for arm in ("hf", "1") if arm in found), *sorted(set(found) - {"hf", "1", "packed"})]
-        bars += [(f"{packing.SHORT.get(case, case)}: {packing.named(arm, found[arm])}", found[arm]) for arm in names]
+        label = packing.SHORT.get(case, case)
+        bars += [(f"{label}: {packing.named(arm, found[arm])}", found[arm]) for arm in packing.ordered(found)]
     with matplotlib.rc_context(RC):
         figure = Figure(figsize=(PAGE_INCHES, 0.8 + 0.19 * len(bars)), layout="constrained")
         FigureCanvasAgg(figure)

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from peftbench import published, registry, verify
 from peftbench.paper.names import METHODS
 from peftbench.paper.sources import Source
-from peftbench.paper.values import Sheet, Values, cells, key, tex
+from peftbench.paper.values import RAGGED, Sheet, Values, cells, key, tex
 from peftbench.reproduce import measured, pages
 from peftbench.reproduce.records import configurations
 
 NOT_RUN = "not run here"
-RAGGED = r">{\raggedright\arraybackslash}"
 CITED = {
     "adalora": "zhang2023adalora", "bitfit": "benzaken2022bitfit", "boft": "liu2024boft",
     "compacter": "mahabadi2021compacter", "dora": "liu2024dora", "fourierft": "gao2024fourierft",

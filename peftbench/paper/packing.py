@@ -16,13 +16,14 @@ SPENT = {"training": ("train",), "evaluation": ("evaluate", "test"), "loading": 
 ONCE = "start, report"
 NO_GAIN = 1.05
 CASES = {
-    "rte": "sixteen LoRA runs of MiniLM-L6",
-    "mixed": "sixteen methods on MiniLM-L6",
-    "smollm2": "eight LoRA runs of SmolLM2-135M",
+    "rte": "LoRA runs of MiniLM-L6",
+    "mixed": "methods on MiniLM-L6",
+    "smollm2": "LoRA runs of SmolLM2-135M",
 }
 SHORT = {"rte": "LoRA, RTE", "mixed": "mixed methods", "smollm2": "SmolLM2"}
-ARMS = ("hf", "1", "packed", "auto")
-WALL = ("rate", "seconds", "over-hf", "over-alone", "step-ms", "timed", "runs", "size")
+ALONE = ("hf", "eager", "1")
+ARMS = (*ALONE, "packed", "auto")
+WALL = ("rate", "seconds", "over-hf", "over-alone", "over-eager", "step-ms", "timed", "runs", "size")
 
 
 def spent(record: Record) -> dict[str, float]:
@@ -57,18 +58,23 @@ def step_seconds(record: Record) -> float | None:
 
 
 def arms(records: Sequence[Record]) -> dict[str, dict[str, Record]]:
-    """Return case → arm → record, of each case's last call; `packed` is the arm with the largest given pack."""
-    found: dict[str, dict[str, dict[str, Record]]] = {}
-    for record in records:
-        if record.get("comparison") == "packing-wall" and record["status"] == "completed":
-            call = f"{record['date']} {record['command']}"
-            found.setdefault(record["case"], {}).setdefault(call, {})[record["arm"]] = record
-    last = {case: calls[max(calls)] for case, calls in found.items()}
-    for one in last.values():
+    """Return case → arm → its last record on the device of the newest; `packed` is that of the largest given pack."""
+    done = [r for r in records if r.get("comparison") == "packing-wall" and r["status"] == "completed"]
+    done.sort(key=lambda r: str(r["date"]))
+    found: dict[str, dict[str, Record]] = {}
+    for record in done:
+        if record["device"] == done[-1]["device"]:
+            found.setdefault(record["case"], {})[record["arm"]] = record
+    for one in found.values():
         sizes = sorted((int(arm) for arm in one if arm.isdigit() and arm != "1"), reverse=True)
         if sizes:
             one["packed"] = one[str(sizes[0])]
-    return last
+    return found
+
+
+def ordered(one: Mapping[str, Record]) -> list[str]:
+    """Return the arms of a case, those that go one run at a time first."""
+    return [*(arm for arm in ALONE if arm in one), *sorted(set(one) - {*ALONE, "packed"})]
 
 
 def put_wall(source: Source, values: Values) -> dict[str, Sheet]:
@@ -81,7 +87,7 @@ def put_wall(source: Source, values: Values) -> dict[str, Sheet]:
         rates = {arm: 3600 * r["runs"] / whole_seconds(r) for arm, r in one.items()}
         for arm in ARMS:
             _wall(f"{source.name}/{case}/{arm}", arm, one, rates, values)
-        shown = [*(a for a in ("hf", "1") if a in one), *sorted(set(one) - {"hf", "1", "packed"})]
+        shown = ordered(one)
         rows += [None] if rows and shown else []
         rows += [_wall_line(title, arm, one[arm], rates) for arm in shown]
     for what in ("device", "torch"):
@@ -90,9 +96,9 @@ def put_wall(source: Source, values: Values) -> dict[str, Sheet]:
     if not rows:
         return {}
     put_origin(source, records[-1], values)
-    headers = ["case", "arm", "runs timed", "seconds", "runs an hour", r"$\times$ Trainer", r"$\times$ alone"]
-    headers.append("ms, run and step")
-    return {source.name: Sheet("llrrrrrr", headers, rows)}
+    headers = ["case", "arm", "runs timed", "seconds", "runs an hour", r"$\times$ Trainer"]
+    headers += [r"$\times$ alone, eager", r"$\times$ alone", "ms, run and step"]
+    return {source.name: Sheet("llrrrrrrr", headers, rows)}
 
 
 def _wall(prefix: str, arm: str, one: Mapping[str, Record], rates: Mapping[str, float], values: Values) -> None:
@@ -106,6 +112,7 @@ def _wall(prefix: str, arm: str, one: Mapping[str, Record], rates: Mapping[str, 
     values.number(f"{prefix}/seconds", record["wall_seconds"], 0)
     values.number(f"{prefix}/over-hf", rates[arm] / rates["hf"] if "hf" in rates else None, 1)
     values.number(f"{prefix}/over-alone", rates[arm] / rates["1"] if "1" in rates else None, 1)
+    values.number(f"{prefix}/over-eager", rates[arm] / rates["eager"] if "eager" in rates else None, 1)
     values.number(f"{prefix}/step-ms", None if step is None else 1000 * step, 2)
     values.count(f"{prefix}/timed", record["runs_timed"])
     values.count(f"{prefix}/runs", record["runs"])
@@ -116,15 +123,22 @@ def named(arm: str, record: Record) -> str:
     """Return an arm in words."""
     if arm == "hf":
         return f"HF Trainer, {record.get('precision')}"
-    return (
-        "one at a time" if arm == "1" else f"pack={arm}" + (f": {max(record['pack_sizes'])}" if arm == "auto" else "")
-    )
+    how = ", ".join(record.get("execution") or []).replace("_", ", ")
+    if arm in ALONE:
+        return f"one at a time, {how}"
+    return f"pack={arm}" + (f": {max(record['pack_sizes'])}" if arm == "auto" else "") + f", {how}"
 
 
 def _wall_line(title: str, arm: str, record: Record, rates: Mapping[str, float]) -> list[str]:
     step, timed = step_seconds(record), f"{record['runs_timed']} of {record['runs']}"
-    line = [title, named(arm, record), timed, decimals(record["wall_seconds"], 1), f"{rates[arm]:.0f}"]
-    line += [decimals(rates[arm] / rates[other], 2) if other in rates else None for other in ("hf", "1")]
+    line = [
+        f"{record['runs']} {title}",
+        named(arm, record),
+        timed,
+        decimals(record["wall_seconds"], 1),
+        f"{rates[arm]:.0f}",
+    ]
+    line += [decimals(rates[arm] / rates[other], 2) if other in rates else None for other in ALONE]
     return cells([*line, decimals(None if step is None else 1000 * step, 2)])
 
 
@@ -169,6 +183,7 @@ def put_curve(source: Source, values: Values) -> dict[str, Sheet]:
     ):
         values.number(f"{source.name}/{what}", number, digits)
     for size in SIZES:
+        values.count(f"{source.name}/{size}/runs", size if found else None)
         line = found.get(size, [])
         top = max(((gain, t) for t, gain in line), default=(None, None))
         end = falls_to_one(line) if line else None

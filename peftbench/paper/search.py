@@ -8,7 +8,7 @@ from peftbench.analysis.tuning import tuning
 from peftbench.paper import run_sheets, runs
 from peftbench.paper.names import method
 from peftbench.paper.sources import Record, Source
-from peftbench.paper.values import Sheet, Values, cells, tex
+from peftbench.paper.values import RAGGED, Sheet, Values, cells, tex
 
 
 def put(source: Source, records: Sequence[Record], values: Values) -> dict[str, Sheet]:
@@ -36,5 +36,5 @@ def put(source: Source, records: Sequence[Record], values: Values) -> dict[str, 
                 [tex(task), tex(method(first)), tex(settings), *cells([None if c == MISSING else c for c in rest])]
             )
     headers = ["task", "method", "best settings", "test", r"95\,\% interval", "tier", "validation, tuned"]
-    tuned = Sheet(r"llp{0.28\textwidth}rrlr", headers, rows)
+    tuned = Sheet(rf"ll{RAGGED}p{{0.3\textwidth}}rrlr", headers, rows)
     return run_sheets.sheets(study) | {f"{source.name}-tuned": tuned}

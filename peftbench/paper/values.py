@@ -15,6 +15,9 @@ SIGNS = {"·": r"\cdot", "√": r"\surd", "≤": r"\leq", "≥": r"\geq", "⊙":
 MATHEMATICS = {sign: f"${tex}$" for sign, tex in (GREEK | SIGNS).items()}
 TYPOGRAPHY = {"—": "---", "’": "'", "“": "``", "”": "''", "\u00a0": "~"}
 
+RAGGED = r">{\raggedright\arraybackslash}"
+"""Before a column of a table that holds sentences."""
+
 
 def tex(text: str) -> str:
     """Return plain text as LaTeX prints it.
