@@ -164,6 +164,24 @@ class Resolver:
             raise UserError(f"model={config.name}, method={key[0]}: {error}") from error
         return True
 
+    def _positions(self, config: ModelConfig, formulation: str) -> int | None:
+        """Return how many tokens the model's table of positions has room for; None without a table, or unmapped."""
+        from peftbench.models.roles import embedding_site
+
+        try:
+            return embedding_site(self.shapes(config, formulation)).max_positions
+        except UserError:
+            return None
+
+    def _length(self, config: ModelConfig, formulation: str, asked: int | None, of_task: int) -> int:
+        """Return the tokens that texts are cut to: those asked for, or the task's as far as the model has positions."""
+        positions = self._positions(config, formulation)
+        if asked is None:
+            return of_task if positions is None else min(of_task, positions)
+        if positions is not None and asked > positions:
+            raise UserError(f"train.max_length={asked}: {config.name} has {positions} positions; expected at most that")
+        return asked
+
     def _check_length(self, config: ModelConfig, method: Any, formulation: str, tokens: int) -> bool:
         """Raise UserError if virtual tokens and the longest text together exceed the model's table of positions."""
         from peftbench.models.roles import EmbeddingSite
@@ -262,8 +280,10 @@ class Resolver:
             lambda: self._check_execution(train, parts["method"][0], method),
         )
         recipe = self._once(
-            ("recipe", parts["train"][2], parts["method"][0], parts["task"][2]),
-            lambda: as_dict(_complete(train, mapping, task)),
+            ("recipe", parts["train"][2], parts["method"][0], parts["task"][2], parts["model"][2]),
+            lambda: as_dict(
+                _complete(train, mapping, self._length(config, task.formulation, train.max_length, task.max_length))
+            ),
         )
         self._once(
             ("length", parts["model"][2], parts["method"][2], task.formulation, recipe["max_length"]),
@@ -311,7 +331,7 @@ class Resolver:
         if "task" in parts:
             task = self._once(("bare task", parts["task"][2]), lambda: self._bare_task(*parts["task"][:2]))
         method = method.with_tasks(task.num_tasks)
-        length = task.max_length if train.max_length is None else train.max_length
+        length = self._length(config, task.formulation, train.max_length, task.max_length)
         key = (named[0][2], named[1][2], task.formulation)
         self._once(("check", *key, task.num_tasks), lambda: self._check(config, method, task.formulation, named[1]))
         self._once(("length", *key, length), lambda: self._check_length(config, method, task.formulation, length))
@@ -388,8 +408,8 @@ def _set(mapping: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     return changed
 
 
-def _complete(train: TrainConfig, method: Mapping[str, Any], task: Any) -> TrainConfig:
-    """Fill in the learning rate that the method suggests and the task's length."""
+def _complete(train: TrainConfig, method: Mapping[str, Any], length: int) -> TrainConfig:
+    """Fill in the learning rate that the method suggests, and the length."""
     rate = train.learning_rate
     if rate is None:
         rate = (method.get("suggested") or {}).get("learning_rate")
@@ -397,8 +417,7 @@ def _complete(train: TrainConfig, method: Mapping[str, Any], task: Any) -> Train
             raise UserError(
                 f"train.learning_rate=null: method {method['name']} suggests none; give train.learning_rate"
             )
-    length = task.max_length if train.max_length is None else train.max_length
-    return dataclasses.replace(train, learning_rate=float(rate), max_length=int(length))
+    return dataclasses.replace(train, learning_rate=float(rate), max_length=length)
 
 
 def _engine_version() -> int:
