@@ -14,6 +14,7 @@ TABLES = sorted(path.stem for path in published.FOLDER.glob("*.csv"))
 KEYS = {
     "claims": "claim",
     "sizes": "task",
+    "surprises": "text",
     "papers": "paper",
     "values": "id",
     "counts": "id",

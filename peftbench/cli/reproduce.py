@@ -24,10 +24,12 @@ examples:
   python -m peftbench reproduce counts
   python -m peftbench reproduce counts roberta-base --markdown
   python -m peftbench reproduce claims
+  python -m peftbench reproduce found > docs/found.md
   python -m peftbench reproduce lora --run
 
 names:  a paper's key, a row's id, the beginning of ids that ends in "-", all;
-        or counts (parameter counts, rebuilt from shapes) and claims (orderings and ratios)
+        or counts (parameter counts, rebuilt from shapes), claims (orderings, ratios, memory, speed) and found (a page
+        of all verdicts, the most surprising ones explained, and what is open)
 --list       the papers and their number of rows; of a paper, its rows
 --run        train experiments/reproduce-<paper> (or a claim's experiment), after its cost has been printed
 --cost       print that cost alone
@@ -57,15 +59,15 @@ def reproduce(
         UserError: a name that fits nothing, or `run` without one paper that has an experiment.
     """
     asked = list(names)
-    kind = asked[0] if asked and asked[0] in ("counts", "claims") else "values"
+    kind = asked[0] if asked and asked[0] in ("counts", "claims", "found") else "values"
     if run or cost:
         return _run(asked, run, rate, form)
     if kind == "counts":
         return _counts(asked[1:], form)
-    if kind == "claims":
+    if kind in ("claims", "found"):
         if len(asked) > 1:
-            raise UserError(f"{asked[1]}: claims takes no further name")
-        return _claims(results, form)
+            raise UserError(f"{asked[1]}: {kind} takes no further name")
+        return _claims(results, form) if kind == "claims" else _found(results, form)
     return _values(asked, results, listed, form)
 
 
@@ -93,7 +95,7 @@ def _values(names: list[str], results: Sequence[str] | None, listed: bool, form:
     if listed:
         plain = [{"id": row.id, "published": row.to_dict()} for row in rows]
         return _print(pages.rows_table(rows), plain, form, after=pages.bibliography(rows))
-    found = pages.judged(rows, _configurations(results))
+    found = pages.judged(rows, _configurations(results), _measurements(results))
     table = pages.values_table(found, "Published figures and ours")
     return _print(table, [one.to_dict() for one in found], form, after=pages.bibliography(rows))
 
@@ -116,6 +118,15 @@ def _claims(results: Sequence[str] | None, form: str) -> int:
 
     table, plain = pages.claims_table(_configurations(results), _measurements(results))
     return _print(table, plain, form)
+
+
+def _found(results: Sequence[str] | None, form: str) -> int:
+    from peftbench.reproduce import counts, findings
+
+    if form not in ("table", "markdown"):
+        raise UserError(f"--{form}: found is a page in Markdown; take claims, counts or all for that form")
+    print(findings.page(_configurations(results), _measurements(results), counts.rebuild_all([])), end="")
+    return 0
 
 
 def _print(table: Any, plain: list[dict[str, Any]], form: str, after: str = "", always: bool = False) -> int:

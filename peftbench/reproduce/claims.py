@@ -360,7 +360,7 @@ def judge(claim: Claim, configurations: Sequence[Configuration]) -> tuple[Verdic
     own = [c for c in configurations if Path(c.folder).name == claim.experiment]
     tasks = sorted({c.spec["task"]["name"] for c in own if c.completed})
     models = sorted({c.spec["model"]["name"] for c in own})
-    if not tasks:
+    if not tasks or claim.rule not in RULES:
         return Verdict(NOT_RUN, f"needs python -m peftbench sweep experiment={claim.experiment}"), ()
     by_task = {task: RULES[claim.rule](arms(own, task), **claim.settings, tasks=len(tasks)) for task in tasks}
     verdicts = [f.verdict for f in by_task.values()]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,7 @@ def judge(claim: Claim, measurements: Sequence[Measurement]) -> tuple[Verdict, t
         return Verdict(NOT_RUN, f"{found.reason}; {needs}"), ()
     devices = sorted({str(m["device"]) for m in own if m["record"] in found.records})
     models = sorted({str(m["model"]) for m in own if m["record"] in found.records})
-    same = claim.models == "any" or all(name.lower() in claim.models.lower() for name in models)
+    meant = {name.strip().lower() for name in re.split("[,;]", claim.models)}
+    same = meant == {"any"} or all(name.lower() in meant for name in models)
     told = f"{found.reason} ({', '.join(devices)})"
     return Verdict(found.verdict, told, transfer="" if same else ", ".join(models)), found.records

@@ -80,13 +80,22 @@ def needs(row: Value) -> list[str]:
     return [f"needs a run of {here.method} on {here.model} and {here.task}"]
 
 
-def judged(rows: Sequence[Value], found: Sequence[Configuration]) -> list[Judged]:
-    """Judge every row by the records found."""
-    spoken: Mapping[str, Claim] = {row: claim for claim in published.claims().values() for row in claim.rows}
+def judged(
+    rows: Sequence[Value], found: Sequence[Configuration], measurements: Sequence[Mapping[str, Any]] = ()
+) -> list[Judged]:
+    """Judge every row by the records found, one that a claim speaks for by the claim's rule.
+
+    Of several claims the first that has been tried speaks. `measurements`: see `judged_claims`.
+    """
+    spoken: dict[str, list[Claim]] = {}
+    for claim in published.claims().values():
+        for row_id in claim.rows:
+            spoken.setdefault(row_id, []).append(claim)
     results = []
     for row in rows:
         if row.id in spoken:
-            verdict, records = claims.judge(spoken[row.id], found)
+            said = [_judged_claim(claim, found, measurements) for claim in spoken[row.id]]
+            verdict, records = next((one for one in said if one[0].verdict != NOT_RUN), said[0])
             results.append(Judged(row, None, (), verdict, records))
             continue
         measured, differences = best_answer(row, found)
@@ -145,11 +154,15 @@ def judged_claims(
     Args:
         measurements: of single configurations (`measured.load`), for claims that no training decides.
     """
-    judged = []
-    for claim in published.claims().values():
-        own = claim.rule in measured_claims.RULES
-        judged.append((claim, *(measured_claims.judge(claim, measurements) if own else claims.judge(claim, found))))
-    return judged
+    return [(claim, *_judged_claim(claim, found, measurements)) for claim in published.claims().values()]
+
+
+def _judged_claim(
+    claim: Claim, found: Sequence[Configuration], measurements: Sequence[Mapping[str, Any]]
+) -> tuple[Verdict, tuple[str, ...]]:
+    if claim.rule in measured_claims.RULES:
+        return measured_claims.judge(claim, measurements)
+    return claims.judge(claim, found)
 
 
 def claims_table(
