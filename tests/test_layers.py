@@ -29,6 +29,7 @@ ALLOWED = {
     "profiling": BASE
     | {"kernels", "engine", "methods.base", "methods.sites", "methods.adapter", "models", "tasks.base"},
     "analysis": {"errors", "record"},
+    "paper": {"errors", "analysis", "store", "registry", "verify", "published", "reproduce"},
     "registry": BASE | {"plan"},  # imports the classes that a yaml names, but none by itself
 }
 LIGHT = (

@@ -143,6 +143,10 @@ def test_ratios_are_those_of_one_call(built: tuple[build.Paper, Path]) -> None:
     call = {r["contestant"]: r["step_seconds"]["p50"] for r in records if r["date"] == first["date"]}
     ours = call["ours-lora-compiled-graphs"] / call["hf-lora"]
     assert found(built, "peers-llama/ours-lora-compiled-graphs/hf-lora/time") == f"{ours:.2f}"
+    dora = [r for r in records if r["contestant"] == "ours-dora-compiled-graphs"][-1]
+    (lora,) = [r for r in records if r["date"] == dora["date"] and r["contestant"] == "ours-lora-compiled-graphs"]
+    ratio = dora["step_seconds"]["p50"] / lora["step_seconds"]["p50"]
+    assert found(built, "peers-llama/ours-dora-compiled-graphs/ours-lora-compiled-graphs/time") == f"{ratio:.2f}"
     low, high = map(float, found(built, "peers-llama/ours-lora-compiled-graphs/hf-lora/time-interval")[1:-1].split(","))
     assert low <= ours + 0.005
     assert ours - 0.005 <= high

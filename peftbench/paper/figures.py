@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,7 +15,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from peftbench.analysis import plots
-from peftbench.analysis.comparisons import Comparison, Panel
+from peftbench.analysis.comparisons import Comparison, Panel, Verdict
 from peftbench.analysis.frame import COMPONENTS, number, over_tasks, rows_of
 from peftbench.analysis.pareto import front
 from peftbench.analysis.plots import COLOURS, GREY, INK, PAGE_INCHES, PARTS, RC
@@ -128,8 +129,6 @@ def title(comparison: Comparison) -> str:
 def _gap_panel(axes: Axes, comparison: Comparison, order: Sequence[str]) -> None:
     by_variant = {str(comparison.rows[i]["variant"]): v for i, v in comparison.gaps.items()}
     axes.axvline(0, color=GREY, linewidth=0.7, linestyle=(0, (4, 3)), zorder=1)
-    values = [v.estimate.value for v in by_variant.values()]
-    reach = max(map(abs, values)) * 1.25
     for place, variant in enumerate(order):
         verdict = by_variant.get(variant)
         if verdict is None:
@@ -140,10 +139,20 @@ def _gap_panel(axes: Axes, comparison: Comparison, order: Sequence[str]) -> None
             axes.plot(between, [place, place], color=colour, linewidth=1.0, zorder=3)
         face = colour if verdict.apart else "white"
         axes.plot(verdict.estimate.value, place, "o", color=colour, markersize=3.4, markerfacecolor=face, zorder=4)
-    axes.set_xlim(-reach, reach * 0.45)  # longer intervals leave the frame
+    axes.set_xlim(*_limits(list(by_variant.values())))
     axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", color="#EEEEEE", linewidth=0.5, zorder=0)
+
+
+def _limits(verdicts: Sequence[Verdict]) -> tuple[float, float]:
+    """Return what shows all values and intervals, but those many times as long as most: they leave the frame."""
+    found = [between for v in verdicts if (between := ends(v)) is not None]
+    usual = 4 * float(np.median([high - low for low, high in found])) if found else 0.0
+    shown = [end for low, high in found if high - low <= usual for end in (low, high)]
+    every = [0.0, *(v.estimate.value for v in verdicts), *shown]
+    room = 0.06 * (max(every) - min(every)) or 1.0
+    return min(every) - room, max(every) + room
 
 
 def steps(records: Sequence[Record]) -> Figure:
