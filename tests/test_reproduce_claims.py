@@ -256,7 +256,7 @@ def test_losses_count_downwards_and_their_margin_is_a_hundredth(tmp_path):
     assert top.point == 0.01
 
 
-def test_one_task_against_it_contradicts_a_claim(tmp_path):
+def test_one_task_against_it_contradicts_a_claim(tmp_path, monkeypatch):
     claim = published.claims()["regret-ranks"]
     records = losses({"full": 1e-4, "lora": 1e-3}, "m")
     for one in losses({"full": 1e-4, "lora": 1e-3}, "m"):
@@ -268,9 +268,13 @@ def test_one_task_against_it_contradicts_a_claim(tmp_path):
         one.run_id = f"cola-{one.run_id}"
         records.append(one)
     write(tmp_path / claim.experiment, records)
+    asked = []
+    rule = claims.RULES[claim.rule]
+    monkeypatch.setitem(claims.RULES, claim.rule, lambda *a, **k: asked.append(k["tasks"]) or rule(*a, **k))
     found, _ = claims.judge(claim, configurations([tmp_path]))
     assert found.verdict == CONTRADICTED
     assert "alpaca:" in found.reason
+    assert asked == [2, 2]  # intervals allow for both tasks
 
 
 def trained() -> list[published.Claim]:

@@ -55,7 +55,7 @@ def test_a_model_fits_where_its_steps_ran_on_a_card_that_small():
     [
         ((40.0, 30.0), HOLDS, CONTRADICTED),  # 4 and 3 times
         ((110.0, 120.0), HOLDS, HOLDS),
-        ((110.0, 30.0), HOLDS, UNDECIDED),
+        ((110.0, 20.0), HOLDS, UNDECIDED),
         ((20.0, 15.0), CONTRADICTED, CONTRADICTED),
     ],
 )
