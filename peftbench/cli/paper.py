@@ -37,6 +37,7 @@ def paper(folder: str | None, results: str | None, out: str | None, pdf: bool = 
     if target.resolve() == home.resolve() or target.resolve() in home.resolve().parents:
         raise UserError(f"--out {target}: holds the paper's own files; choose another folder")
     made = build(home, where, target)
+    (target / f"{latex.JOB}.pdf").unlink(missing_ok=True)  # of earlier sources
     for source in made.missing:
         print(f"not measured: {source.shown} ({source.command})")
     print(f"sources: {target / MAIN} ({len(made.values.found)} values, {len(made.sheets)} tables)")
