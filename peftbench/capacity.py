@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from peftbench.analysis.tables import human_bytes
+from peftbench.analysis.human import human_bytes
 from peftbench.assembly import Setting
 from peftbench.config import ModelConfig, build
 from peftbench.errors import UserError

@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from peftbench.analysis.human import number
 from peftbench.analysis.statistics import gap, mean, std, summarize
 from peftbench.errors import UserError
 from peftbench.record import train_content
@@ -75,13 +76,6 @@ UNLABELLED = {
     "model.name", "method.name", "method._target_", "task.name", "task._target_", "identity.device_kind", LEARNING_RATE
 }  # fmt: skip
 LABEL_ORDER = ("method", "train", "task", "model", "identity")
-
-
-def number(value: Any) -> float | None:
-    """A finite float, or None for anything else (null, NaN, text, bool)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
 
 
 def rows_of(table: pd.DataFrame) -> list[dict[Any, Any]]:

@@ -114,7 +114,7 @@ def _one(point: dict[str, Any], kind: str, runs: int, total: int | None, as_json
 
 def facts(result: dict[str, Any]) -> list[tuple[str, str]]:
     """Return a prediction in words."""
-    from peftbench.analysis.tables import human_bytes, human_count
+    from peftbench.analysis.human import human_bytes, human_count
     from peftbench.profiling.replay import COMPONENTS
 
     memory, assumed = result["memory"], result["assumed"]
@@ -182,7 +182,7 @@ def _console() -> Console:
 
 def _fit(found: Sequence[dict[str, Any]], kind: str, runs: int, total: int, as_json: bool) -> int:
     from peftbench import capacity
-    from peftbench.analysis.tables import human_bytes, human_count
+    from peftbench.analysis.human import human_bytes, human_count
     from peftbench.resolve import Resolver
 
     limit = capacity.room(total, kind)

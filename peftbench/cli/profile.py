@@ -92,7 +92,7 @@ def show(title: str, cost: dict[str, Any]) -> None:
 
 def facts(cost: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what a cost record says but for memory, in words."""
-    from peftbench.analysis.tables import human_bytes, human_count, human_seconds
+    from peftbench.analysis.human import human_bytes, human_count, human_seconds
 
     step, shape, share = cost["step_seconds"], cost["shape"], cost.get("step_share")
     settled = "" if step["stable"] else "; not settled"
@@ -139,7 +139,7 @@ def facts(cost: dict[str, Any]) -> list[tuple[str, str]]:
 def memory(cost: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the memory of a cost record by component, phase and holder."""
     from peftbench.analysis.frame import COMPONENTS, PHASES
-    from peftbench.analysis.tables import human_bytes, signed_bytes
+    from peftbench.analysis.human import human_bytes, signed_bytes
 
     found = cost["memory"]
     rows = [("peak", f"{human_bytes(found['peak'])}, in {found.get('peak_phase') or 'a step'}")]
@@ -161,7 +161,7 @@ def _memory_title(cost: dict[str, Any]) -> str:
 
 
 def _percent(value: Any) -> str:
-    from peftbench.analysis.tables import MISSING
+    from peftbench.analysis.human import MISSING
 
     return MISSING if value is None else f"{100 * value:.1f} %".replace("-", "−")
 
