@@ -37,14 +37,18 @@ def test_a_model_fits_where_its_steps_ran_on_a_card_that_small():
     card = {"card_bytes": 48 * GIB, "held_back_bytes": 30 * GIB}
     ran = step("qlora-65b", 41.0, **card)
     out = {**ran, "outcome": "out_of_memory", "stage": "load", "memory": None}
-    rule = {"case": "qlora-65b", "card": 48.0}
+    rule = {"cases": ["qlora-65b"], "card": 48.0}
     found = measured.fits([ran], **rule)
     assert found.verdict == HOLDS
     assert "peak 41.0 GiB" in found.reason
     assert "6.0 GiB paged" in found.reason
     assert measured.fits([out], **rule).verdict == CONTRADICTED
-    assert "weights alone take 30.0 GiB" in measured.fits([out], **rule).reason
+    assert "weights alone 30.0 GiB" in measured.fits([out], **rule).reason
     assert measured.fits([{**ran, "outcome": "failed", "error": "x"}], **rule).verdict == UNDECIDED
+    both = {"cases": ["qlora-65b", "small"], "card": 48.0}
+    assert measured.fits([out, {**ran, "case": "small"}], **both).verdict == HOLDS
+    assert measured.fits([out, {**out, "case": "small"}], **both).verdict == CONTRADICTED
+    assert measured.fits([out], **both).verdict == UNDECIDED  # the other was not tried
     for other in (step("qlora-65b", 20.0), {**ran, "held_back_bytes": 0}, {**ran, "card_bytes": 80 * GIB}):
         lacking = measured.fits([other], **rule)  # a peak on a larger card shows nothing
         assert (lacking.verdict, lacking.records) == (UNDECIDED, ())

@@ -49,6 +49,7 @@ SCHEMA = 1
 GIB = 2**30
 COMMON = ("task=tiny", "task.formulation=text", "task.size=40", "train.steps=1", "train.precision=bf16")
 RANDOM = ("model.weights=random", "model.tokenizer=builtin")
+FULL = ("out of memory", "ALLOC_FAILED")
 TINY = {"llama": "tiny-llama", "gpt2": "tiny-gpt2"}
 
 
@@ -93,6 +94,7 @@ def _cases() -> list[Case]:
     frugal = ("method=qlora", "train.optimizer=paged_adamw", *checkpointed)
     found = [
         Case("qlora-65b", "qlora-65b", (*LLAMA_65B, *frugal, "method.rank=64"), 48 * GIB, steps=3),
+        Case("qlora-65b-r16", "qlora-65b-r16", (*LLAMA_65B, *frugal, "method.rank=16"), 48 * GIB, steps=3),
         Case("qlora-70b-24gb", "qlora-70b-24gb", (*LLAMA_70B, *frugal, "method.rank=8"), 24 * GIB, steps=3),
         Case("qlora-70b", "qlora-70b", (*LLAMA_70B, *frugal, "method.rank=8"), None, steps=3),
     ]
@@ -154,6 +156,8 @@ def card_of(size: int | None, device: torch.device) -> Iterator[int]:
     if size is None or device.type != "cuda":
         yield 0
         return
+    assembly._backbones.clear()  # the base of the last case is no part of this card's memory
+    free(device)
     torch.zeros(1, device=device)
     torch.cuda.synchronize(device)
     left, total = torch.cuda.mem_get_info(device)
@@ -349,15 +353,17 @@ def measured(case: Case, device: str) -> dict[str, Any]:
         "outcome": "failed",
         "error": None,
     }
-    if case.card is not None:
-        assembly._backbones.clear()  # the base of the last case must not stay beside what is held back
-        free(setting.device)
     try:
         with card_of(case.card, setting.device) as held_back:
             found["held_back_bytes"] = held_back
             (forward if case.forward else train)(case, setting, found)
-    except torch.OutOfMemoryError as error:
-        found |= {"outcome": "out_of_memory", "error": str(error).splitlines()[0]}
+    except RuntimeError as error:
+        # libraries beside PyTorch say it in words of their own
+        full = isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in FULL)
+        found |= {
+            "outcome": "out_of_memory" if full else "failed",
+            "error": f"{type(error).__name__}: {error}".split("\n")[0],
+        }
         if setting.device.type == "cuda":
             found["allocated_at_failure"] = torch.cuda.max_memory_allocated(setting.device)
     free(setting.device)
@@ -375,7 +381,7 @@ def line(found: dict[str, Any]) -> str:
     if found.get("forward_seconds"):
         medians = {name: sorted(v)[len(v) // 2] for name, v in found["forward_seconds"].items()}
         told += ", " + ", ".join(f"{name} {1e3 * v:.3f} ms" for name, v in medians.items())
-    if found["outcome"] == "out_of_memory":
+    if found["error"]:
         told += f" at {found.get('stage')}: {found['error'][:90]}"
     return f"{told} ({found['seconds']:.1f} s)"
 

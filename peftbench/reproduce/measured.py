@@ -77,29 +77,36 @@ def _listed(values: Mapping[str, float], unit: str = "") -> str:
     return ", ".join(f"{name}: {value:.3g}{unit}" for name, value in values.items())
 
 
-def fits(found: Sequence[Measurement], *, case: str, card: float) -> Found:
-    """Say whether training steps of a case ran on a card of `card` GiB; the card was that small when it was measured.
+def fits(found: Sequence[Measurement], *, cases: Sequence[str], card: float) -> Found:
+    """Say whether training steps of one of the cases ran on a card of `card` GiB; it was that small when measured.
 
-    Holds if they ran, is contradicted if memory ran out.
+    Holds if one ran, is contradicted if memory ran out in all.
     """
-    own = [m for m in found if m["case"] == case and m["card_bytes"] == round(card * GIB) and m["held_back_bytes"]]
+    own = [m for m in found if m["card_bytes"] == round(card * GIB) and m["held_back_bytes"]]
+    own = [m for case in cases for m in own if m["case"] == case]
     if not own:
-        return Found(UNDECIDED, f"lacks {case} with all but {card:g} GiB of a GPU held back")
-    m = own[-1]
+        return Found(UNDECIDED, f"lacks {' and '.join(cases)} with all but {card:g} GiB of a GPU held back")
+    outcomes = [m["outcome"] for m in own]
+    told = "; ".join(_fit(m, card) for m in own)
+    if "completed" in outcomes:
+        return Found(HOLDS, told, _records(*own))
+    empty = outcomes == ["out_of_memory"] * len(cases)
+    return Found(CONTRADICTED if empty else UNDECIDED, told, _records(*own))
+
+
+def _fit(m: Measurement, card: float) -> str:
+    """Return what came of steps on a card in words."""
     weights = m["weights_bytes"] / GIB
     if m["outcome"] == "out_of_memory":
-        told = f"out of {card:g} GiB of memory at {m['stage']}; the weights alone take {weights:.1f} GiB"
-        return Found(CONTRADICTED, told, _records(m))
+        return f"rank {m['rank']} runs out of {card:g} GiB at {m['stage']} (weights alone {weights:.1f} GiB)"
     if m["outcome"] != "completed":
-        return Found(UNDECIDED, f"{case}: {m['error']}", _records(m))
-    memory = m["memory"]
-    paged = (memory.get("managed") or 0) / GIB
-    seconds = m["step_seconds"]["p50"]
-    told = (
-        f"a step of {m['batch']} × {m['length']} tokens at rank {m['rank']} ran in {card:g} GiB: peak "
-        f"{memory['peak'] / GIB:.1f} GiB (weights {weights:.1f}), {paged:.1f} GiB paged beside it, {seconds:.2f} s"
+        return f"rank {m['rank']}: {m['error']}"
+    memory, paged = m["memory"], (m["memory"].get("managed") or 0) / GIB
+    return (
+        f"rank {m['rank']} steps on {m['batch']} × {m['length']} tokens in {card:g} GiB: peak "
+        f"{memory['peak'] / GIB:.1f} GiB (weights {weights:.1f}), {paged:.1f} GiB paged beside it, "
+        f"{m['step_seconds']['p50']:.2f} s a step"
     )
-    return Found(HOLDS, told, _records(m))
 
 
 def memory_saved(found: Sequence[Measurement], *, method: str, reference: str, least: float) -> Found:
