@@ -14,7 +14,7 @@ def put(sources: Sequence[Source], values: Values) -> dict[str, Sheet]:
     rows, dates, total = [], [], 0
     for source in sources:
         if source.there is None:
-            rows.append(cells([source.shown, "not measured", None, None, None, None]))
+            rows.append(cells([source.path, "not measured", None, None, None, None]))
             continue
         records = _records(source)
         total += len(records)
@@ -23,13 +23,13 @@ def put(sources: Sequence[Source], values: Values) -> dict[str, Sheet]:
         versions = _found(_torch(r) for r in records)
         commits = {str(c)[:7] for r in records if (c := r.get("git_commit") or _environment(r, "git_commit"))}
         shown = ", ".join(sorted(commits)) if len(commits) < 3 else f"{len(commits)} commits"
-        line = [source.shown, f"{len(records):,}", places, versions, shown or NO_COMMIT, source.fingerprint()[:8]]
+        line = [source.path, f"{len(records):,}", places, versions, shown or NO_COMMIT, source.fingerprint()[:8]]
         rows.append(cells(line))
     values.count("records/count", total)
     values.put("records/newest", max(dates, default=None))
     values.count("records/sources", len(sources))
     values.count("records/there", sum(one.there is not None for one in sources))
-    headers = ["below the checkout", "records", "device", "torch", "commit", "sha256"]
+    headers = ["below results/", "records", "device", "torch", "commit", "sha256"]
     return {"provenance": Sheet("lrlllr", headers, rows)}
 
 
