@@ -295,7 +295,7 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float]], texts: Seque
     # Of each text its places [96, 4], what each one meets that does not move [96], and its price but for other texts.
     distances, directions = zip(*itertools.product((4.5, 7.0, 11.0, 16.0, 23.0, 32.0), range(16)), strict=True)
     distance, angle = np.array(distances), np.array(directions) * math.pi / 8
-    dx, dy = np.cos(angle).round(12), np.sin(angle).round(12)
+    dx, dy = np.cos(angle), np.sin(angle)
     boxes, met, prices = [], [], []
     for (x, y), (w, h) in zip(centres, shapes, strict=True):
         # The box's nearest edge or corner, not its centre, keeps the distance.
@@ -303,7 +303,9 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float]], texts: Seque
         bottom = y + dy * distance * pixels + (dy - 1) * h / 2
         places = np.column_stack([left, bottom, left + w, bottom + h])
         boxes.append(places)
-        met.append(w * h - _overlaps(places, room)[:, 0] + _overlaps(places, blocks).sum(axis=1))
+        # Both areas by the same formula: within the frame the difference is 0 to the last bit, and ties stay ties.
+        outside = (places[:, 2:] - places[:, :2]).prod(axis=1) - _overlaps(places, room)[:, 0]
+        met.append(outside + _overlaps(places, blocks).sum(axis=1))
         crossed = 6.0 * (_overlaps(places, lines) > 0).sum(axis=1)
         prices.append(50 * met[-1] + distance + 0.5 * (dy < 0) + 0.3 * (dx < 0) + crossed)
 
