@@ -1,6 +1,7 @@
 """The commands: ``python -m peftbench sweep|run|search|report|profile|estimate|verify|reproduce|methods|models|…``."""
 
 import argparse
+import gc
 import os
 import shlex
 import sys
@@ -155,4 +156,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Imports make a hundred thousand objects that stay: looking through them again and again takes a second
+    gc.set_threshold(10_000, 20, 50)
     sys.exit(main())

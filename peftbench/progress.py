@@ -74,6 +74,14 @@ def sparkline(values: Sequence[float], ascii_only: bool = False) -> str:
     return "".join(levels[round((v - low) * scale)] for v in values)
 
 
+_MEANWHILE: list[Callable[[Sequence[RunSpec]], None]] = []
+
+
+def meanwhile(work: Callable[[Sequence[RunSpec]], None]) -> None:
+    """Have `work` called once, with the runs, when the first steps of this process are about to be made."""
+    _MEANWHILE[:] = [work]
+
+
 class Quiet:
     """A listener that says nothing; what a listener may be told. The others overrule what they show."""
 
@@ -94,6 +102,8 @@ class Quiet:
 
     def members(self, specs: Sequence[RunSpec]) -> None:
         """From now on these of the planned runs train side by side, and steps are counted anew."""
+        while _MEANWHILE:
+            _MEANWHILE.pop()(specs)
 
     def steps(self, done: int, total: int, losses: Sequence[float] | None) -> None:
         """`done` of `total` optimizer steps of the members; losses per run, or None where nobody looked."""
@@ -222,6 +232,7 @@ class Live(Lines):
             (self.rate.resume if name == "train" else self.rate.pause)(self.now())
 
     def members(self, specs: Sequence[RunSpec]) -> None:
+        super().members(specs)
         with self.lock:
             self._settle()
             self.training = specs

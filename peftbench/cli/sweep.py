@@ -3,7 +3,10 @@
 import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -220,6 +223,25 @@ def write_report(store: Store, further: Sequence[Any] = ()) -> list[Path]:
     return paths
 
 
+REPORT_NEEDS = (
+    "peftbench.analysis.report", "peftbench.analysis.search_report", "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_pdf", "matplotlib.backends.backend_svg", "fontTools.subset", "scipy.special", "plotly",
+)  # fmt: skip
+
+
+def load_report(specs: Sequence[Any]) -> None:
+    """While a GPU trains, which leaves the host idle, import what the report will need; not where it would compete."""
+    if not specs[0].device.startswith("cuda"):
+        return
+
+    def load() -> None:
+        for module in REPORT_NEEDS:
+            with suppress(ImportError):  # the report says what it lacks
+                import_module(module)
+
+    Thread(target=load, daemon=True).start()
+
+
 def report_lines(paths: Sequence[Path]) -> list[str]:
     """Return the lines that name the report, its page and its Pareto plots."""
     lines = [f"report: {path}" for path in paths if path.suffix == ".md"]
@@ -232,6 +254,7 @@ def report_lines(paths: Sequence[Path]) -> list[str]:
 def sweep(arguments: Sequence[str], quiet: bool = False, force: bool = False) -> int:
     """Run a sweep; returns the exit code."""
     _, config = configure(arguments)
+    progress.meanwhile(load_report)
     outcome = interruptible(lambda: multirun(arguments, quiet, force), lambda: sweep_folder(config))
     return 130 if outcome is None else finish(outcome, quiet, report=True)
 
