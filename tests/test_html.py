@@ -248,7 +248,8 @@ def opened(folder, width=1280, height=900, dark=False):
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (extra: test)")
     options = webdriver.ChromeOptions()
     options.binary_location = path
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+    offline = "--host-resolver-rules=MAP * ~NOTFOUND"
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", offline):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable))
