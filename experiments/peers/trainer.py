@@ -13,6 +13,7 @@ or reported on the way. Each run starts from fresh weights; imports, data and to
 from __future__ import annotations
 
 import argparse
+import copy
 import inspect
 import itertools
 import math
@@ -101,6 +102,7 @@ class Bench:
         where: keywords of `from_pretrained`.
         splits: the encoded rows by split.
         scratch: a folder that `Trainer` asks for; it stays empty.
+        dense: a model read from a GGUF file, for the next run.
     """
 
     options: argparse.Namespace
@@ -113,6 +115,7 @@ class Bench:
     task: Any
     scratch: str
     splits: dict[str, Rows] = field(default_factory=dict)
+    dense: Any = None
 
     @property
     def classifies(self) -> bool:
@@ -132,7 +135,14 @@ class Bench:
             config = AutoConfig.for_model(**{**self.config.architecture, **extra})
             model = auto.from_config(config, dtype=dtype, attn_implementation="sdpa")
         else:
-            model = auto.from_pretrained(self.place, dtype=dtype, attn_implementation="sdpa", **self.where, **extra)
+            given = {"dtype": dtype, "attn_implementation": "sdpa", **self.where, **extra}
+            if self.dense is not None:
+                model = copy.deepcopy(self.dense)
+            else:
+                model = auto.from_pretrained(self.place, **given)
+            if "gguf_file" in self.where and self.dense is None:
+                model.is_quantized = False  # its few bits were made dense, which takes half a minute: once is enough
+                self.dense = copy.deepcopy(model)
         model.config.use_cache = False
         model.config.pad_token_id = self.tokenizer.pad_token_id
         set_dropout(model, options.dropout)
@@ -225,7 +235,9 @@ def _bench(options: argparse.Namespace, device: torch.device, scratch: str) -> B
     where |= {"gguf_file": source.gguf_file} if source.gguf_file else {}
     place = None if source.kind == "random" else str(source.path or config.checkpoint)
     hf_config: Any = (
-        AutoConfig.for_model(**(config.architecture or {})) if place is None else AutoConfig.from_pretrained(place)
+        AutoConfig.for_model(**(config.architecture or {}))
+        if place is None
+        else AutoConfig.from_pretrained(place, **where)
     )
     kind = kind_of(config, hf_config)
     if kind not in TARGETS:
