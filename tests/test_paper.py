@@ -107,13 +107,22 @@ def test_every_reference_is_in_the_bibliography() -> None:
             assert any(f"arXiv:{one}" in entries[kept.CITED[name]] for one in declared), name
 
 
-def test_commands_of_the_sources_are_there() -> None:
+def test_commands_of_the_sources_run_what_is_there(built: tuple[build.Paper, Path]) -> None:
     for source in read(PAPER, RESULTS):
-        words = source.command.split()
-        script = ROOT / words[1]
-        experiment = [w.removeprefix("experiment=") for w in words if w.startswith("experiment=")]
-        assert script.is_file() or words[2] == "peftbench", source.name
-        assert all(name in registry.experiments() for name in experiment), source.name
+        commands = [line.split() for line in source.command.split(" && ")]
+        for words in commands:
+            named = [w.removeprefix("experiment=") for w in words if w.startswith("experiment=")]
+            assert set(named) <= set(registry.experiments()), source.name
+            if words[1].endswith(".py"):
+                text = (ROOT / words[1]).read_text(encoding="utf-8")
+                assert all(f'"{w}"' in text for w in words if w.startswith("--")), source.name
+                assert any(w.startswith(f"results/{source.path}") for w in words), source.name
+            else:
+                assert words[:3] == ["python", "-m", "peftbench"], source.name
+        if source.kind == "steps" and source.there is not None:
+            (words,) = commands
+            raced = set(words[words.index("--contestants") + 1].split(","))
+            assert raced == {r["contestant"] for r in source.lines()}, source.name
 
 
 # -- values ------------------------------------------------------------------------------------------------------------
