@@ -229,8 +229,9 @@ def draw(records: Sequence[Mapping[str, Any]], path: Path) -> list[Path]:
     from matplotlib import pyplot
 
     done = [r for r in records if r["status"] == "completed"]
-    figure, axes = pyplot.subplots(figsize=(6.2, 0.8 + 0.34 * len(done)), layout="constrained")
-    places = range(len(done))
+    figure, axes = pyplot.subplots(figsize=(6.2, 1.2 + 0.34 * len(done)), layout="constrained")
+    calls = [(r["date"], r["command"]) for r in done]  # with a gap between them: arms of one call compare
+    places = [i + 0.6 * len(dict.fromkeys(calls[: i + 1])) for i in range(len(done))]
     left = [0.0] * len(done)
     for what in (*SPENT, ONCE):
         width = [spent(r)[what] / r["runs"] for r in done]
@@ -239,7 +240,7 @@ def draw(records: Sequence[Mapping[str, Any]], path: Path) -> list[Path]:
     axes.set_yticks(places, [f"{r['case']}: {_named(r)}" for r in done])
     axes.invert_yaxis()
     axes.set_xlabel(f"seconds a run ({done[0]['device']})")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     written = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
     for file in written:
