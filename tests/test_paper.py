@@ -342,8 +342,11 @@ def test_packs_are_reckoned_as_their_scripts_do(monkeypatch: pytest.MonkeyPatch)
 
 def test_packing_says_what_its_records_say(tmp_path: Path) -> None:
     (tmp_path / "packing").mkdir()
-    later = {**PACKED, "date": "2026-01-02", "wall_seconds": 40.0}
-    (tmp_path / "packing/wall.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (PEER, PACKED, later)))
+    # two whole calls, of which the newer counts, and a still newer one that has no Trainer to be compared with
+    later = [{**PEER, "date": "2026-01-02"}, {**PACKED, "date": "2026-01-02", "wall_seconds": 40.0}]
+    lonely = {**PACKED, "date": "2026-01-03", "wall_seconds": 30.0}
+    calls = (PEER, PACKED, *later, lonely)
+    (tmp_path / "packing/wall.jsonl").write_text("".join(json.dumps(r) + "\n" for r in calls))
     points = [{"execution": "graphs", "tokens": t, "runs": 16, "gain": g} for t, g in CURVE]
     shared = {
         "comparison": "packing-curve",

@@ -58,13 +58,18 @@ def step_seconds(record: Record) -> float | None:
 
 
 def arms(records: Sequence[Record]) -> dict[str, dict[str, Record]]:
-    """Return case → arm → its last record on the device of the newest; `packed` is that of the largest given pack."""
+    """Return case → arm → record, the arms of a case from one call: of those with most arms the newest, on one device.
+
+    `packed` is the record of the largest given pack.
+    """
     done = [r for r in records if r.get("comparison") == "packing-wall" and r["status"] == "completed"]
     done.sort(key=lambda r: str(r["date"]))
-    found: dict[str, dict[str, Record]] = {}
+    calls: dict[str, dict[tuple[str, str], dict[str, Record]]] = {}
     for record in done:
         if record["device"] == done[-1]["device"]:
-            found.setdefault(record["case"], {})[record["arm"]] = record
+            call = (str(record["date"]), str(record["command"]))
+            calls.setdefault(record["case"], {}).setdefault(call, {})[record["arm"]] = record
+    found = {case: dict(max(of.items(), key=lambda item: (len(item[1]), item[0]))[1]) for case, of in calls.items()}
     for one in found.values():
         sizes = sorted((int(arm) for arm in one if arm.isdigit() and arm != "1"), reverse=True)
         if sizes:
