@@ -18,7 +18,7 @@ from peftbench import progress
 from peftbench.cli.sweep import show_table
 from peftbench.job import Pack
 from peftbench.pace import Course, Durations, Rate, clock
-from peftbench.progress import Lines, Live, Quiet, described, sparkline
+from peftbench.progress import Lines, Live, Quiet, described, headline, sparkline
 from tests.conftest import make_record, make_spec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +68,14 @@ def train(shown: Live, time: FakeClock, specs, steps: int = 100, seconds: float 
     for step in range(1, (upto or steps) + 1):
         time += seconds / steps
         shown.steps(step, steps, [1 / step] * len(specs))
+
+
+def test_trials_of_a_search_show_validation_and_other_runs_test():
+    """Whoever watches a search is not to choose by what will be reported."""
+    spec = make_spec()
+    assert headline(make_record(spec)) == f"{spec.run_id}: accuracy 0.7500"
+    asked = make_record(spec, search={"study": "search-lora-tiny-toy", "trial": 3})
+    assert headline(asked) == f"{spec.run_id}: validation accuracy 0.7000"
 
 
 # The display.

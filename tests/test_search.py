@@ -1,10 +1,13 @@
 """A search as a user types it, in one process: trials, records, studies, pruning, the file of the best."""
 
 import json
+import math
+import sqlite3
 from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy
 import yaml
 from optuna.trial import TrialState
 
@@ -12,6 +15,7 @@ from peftbench import job
 from peftbench.__main__ import main
 from peftbench.analysis.report import write_report
 from peftbench.analysis.tables import terminal_tables
+from peftbench.cli import search as commands
 from peftbench.errors import UserError
 from peftbench.search import STUDY_ATTRIBUTES, TRIAL_ATTRIBUTES, samplers
 from peftbench.search.settings import SearchConfig
@@ -29,11 +33,31 @@ FOLDER = Path("out/search")
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
+def here(tmp_path, monkeypatch, request):
     """An empty working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(job, "_STOPPED", [])
+    if "with_report" not in request.fixturenames:  # reports take longer than the searches
+        monkeypatch.setattr(commands, "_report", lambda prepared, studies: None)
     return tmp_path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_waiting_for_the_disk():
+    """Let SQLite leave to the system when a study reaches the disk: its own waits are most of the time of a trial."""
+
+    def connected(connection, _):
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous=OFF")
+
+    sqlalchemy.event.listen(sqlalchemy.engine.Engine, "connect", connected)
+    yield
+    sqlalchemy.event.remove(sqlalchemy.engine.Engine, "connect", connected)
+
+
+@pytest.fixture
+def with_report():
+    """Searches of this test end with their report."""
 
 
 def search(*arguments, code=0):
@@ -55,7 +79,7 @@ def params(method="lora", name="search"):
     return [t.params for t in study(method, name).trials]
 
 
-def test_each_method_has_a_study_whose_trials_are_runs(capsys):
+def test_each_method_has_a_study_whose_trials_are_runs(capsys, with_report):
     search("method=lora,ia3", "search.trials=5", "search.batch=3")
     found = records()
     assert len(found) == 10
@@ -81,6 +105,8 @@ def test_each_method_has_a_study_whose_trials_are_runs(capsys):
     said = capsys.readouterr().out
     assert "best-lora.yaml" in said
     assert "studies: sqlite:///" in said
+    assert f"report: {FOLDER.resolve() / 'search' / 'report' / 'report.md'}" in said
+    assert (FOLDER / "search" / "report" / "report.md").exists()
 
 
 def test_trials_of_a_batch_share_a_pack():
@@ -88,15 +114,34 @@ def test_trials_of_a_batch_share_a_pack():
     assert {r["pack"]["size"] for r in records().values()} == {4}
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2", "random"])
-def test_the_same_seed_gives_the_same_trials_and_another_others(sampler):
-    more = ["method=lora", f"search.sampler={sampler}", "search.trials=12", "search.batch=6", "train.steps=1"]
-    search(*more, "sweep.name=a")
-    search(*more, "sweep.name=b")
+@pytest.mark.parametrize(("sampler", "alone"), [("tpe", 10), ("gp", 10), ("nsga2", 16), ("random", 10)])
+def test_the_same_seed_gives_the_same_trials_and_another_others(sampler, alone):
+    """The last two trials come after the random ones with which each sampler begins."""
+    more = ["method=lora", f"search.sampler={sampler}", "pack=16", "train.steps=1"]
+    batches = [f"search.batch={alone}", f"search.trials={alone + 2}"]
+    search(*more, *batches, "sweep.name=a")
+    search(*more, *batches, "sweep.name=b")
     search(*more, "sweep.name=c", "search.seed=1", "search.trials=2")
     assert params(name="a") == params(name="b")
     assert not any(p in params(name="a") for p in params(name="c"))
     assert len({json.dumps(p) for p in params(name="a")}) > 9  # not one trial again and again
+
+
+@pytest.mark.parametrize(("sampler", "count"), [("tpe", 40), ("gp", 18), ("nsga2", 64)])
+def test_samplers_learn_where_random_ones_do_not(sampler, count):
+    """On a bowl around a learning rate of 1e-3 and a rank of 8, late trials of each are better than random ones."""
+    axes = (Axis("train.learning_rate", 1e-6, 1.0, log=True), Axis("method.rank", 1, 64, log=True))
+
+    def late(name):
+        one = optuna.create_study(sampler=samplers.sampler(name, 0, axes), direction="maximize")
+        for _ in range(count):
+            trial = one.ask({axis.key: axis.distribution() for axis in axes})
+            rate, rank = (trial.params[axis.key] for axis in axes)
+            one.tell(trial, -((math.log10(rate) + 3) ** 2) - (math.log2(rank) - 3) ** 2)
+        values = [t.value for t in one.trials]
+        return sum(values[-count // 3 :]) / len(values[-count // 3 :])
+
+    assert late(sampler) > 0.6 * late("random")
 
 
 def test_more_trials_add_to_what_is_there_and_go_on_as_if_never_interrupted():
@@ -234,10 +279,24 @@ def test_a_configuration_that_cannot_be_is_a_failed_trial_with_its_reason(capsys
     assert "refused" in capsys.readouterr().err
 
 
-def test_a_search_leaves_nothing_behind_when_it_is_refused(capsys):
-    search("method=lora", "search.sampler=tpo", code=2)
+@pytest.mark.parametrize(
+    "argument",
+    ["search.sampler=tpo", "search.storage=nowhere://x", "search.storage=sqlite:////proc/none/x.db", "protocol=paper"],
+)
+def test_a_search_leaves_nothing_behind_when_it_is_refused(argument, capsys):
+    given = [a for a in TINY if not a.startswith("search.space")]  # whose default has a line to say of so small a model
+    assert main(["search", *given, "train.steps=3", "method=lora", argument]) == 2
     assert not Path("out").exists()
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_is_shown_of_trials_is_of_validation(capsys):
+    assert main(["search", *TINY, "train.steps=3", "method=lora", "search.trials=3", "search.batch=2"]) == 0
+    said = capsys.readouterr().err
+    assert "2 trials follow, 0 of 3 are done" in said
+    assert "1 trial follows, 2 of 3 are done" in said
+    for record in records().values():
+        assert f"{record['run_id']}: validation accuracy {record['quality']['validation']['accuracy']:.4f}" in said
 
 
 # Pruning.

@@ -194,6 +194,14 @@ def test_an_interval_by_hand_is_a_range():
     assert found["lora"]["train.learning_rate"] == Axis("train.learning_rate", 1e-4, 1e-2, log=True)
 
 
+def test_an_interval_of_a_whole_setting_is_of_whole_numbers():
+    """Hydra reads both ends as floats."""
+    found, _ = axes_of("method=lora", "method.rank=interval(2,8)", "method.alpha=interval(2,8)", "search.space=small")
+    assert found["lora"]["method.rank"] == Axis("method.rank", 2, 8)
+    assert isinstance(found["lora"]["method.rank"].low, int)
+    assert isinstance(found["lora"]["method.alpha"].low, float)
+
+
 def test_a_model_that_is_too_small_narrows_the_space_and_says_so():
     found, prepared = axes_of("method=lora", "search.space=default", "method.targets=[all]")
     width = 32
@@ -214,9 +222,25 @@ def test_a_model_that_is_too_small_narrows_the_space_and_says_so():
         (["method=lora", "search.space=learning_rate", "train.learning_rate=1e-3"], "nothing to search"),
         (["method=lora", "search.sampler=grid", "search.space=learning_rate"], "has 5 points; expected at most that"),
         (["method=lora", "train.epochs=0"], "train.epochs=0.0: expected above 0"),
+        (["protocol=equal_bugdet"], "protocol=equal_bugdet: expected one of held_out, paper, equal_budget"),
+        (["protocol=paper"], "protocol=paper: a search would choose by the split that is reported"),
     ],
 )
 def test_a_search_that_cannot_be_is_one_line(arguments, said):
     with pytest.raises(UserError) as caught:
         prepare([*TINY, *arguments])
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("method.rank=nan", "method.rank=nan: expected a whole number"),  # no axis of the space is to blame
+        ("train.learning_rat=1e-3,1e-4", "train.learning_rat: none of its values fits lora"),
+        ("method.rank=interval(64,99)", "method.rank: none of its values fits lora on tiny-bert: model=tiny-bert"),
+    ],
+)
+def test_what_the_command_line_says_is_not_blamed_on_a_file(argument, said):
+    with pytest.raises(UserError) as caught:
+        prepare([*TINY, "method=lora", argument])
+    assert str(caught.value).startswith(said)

@@ -96,11 +96,30 @@ def test_no_difference_comes_with_what_could_have_been_found():
     assert f"No difference from full fine-tuning was found for 1 of 2: lora (MDE {verdict.among:.3f})" in text
     assert f"planned alone: MDE {verdict.alone:.3f}" in text
     assert "2 of 3 pairs were told apart" in text
+    (pair,) = [v for v in panel.pairs if not v.apart]
+    named = " and ".join(panel.rows[i]["variant"] for i in (pair.first, pair.second))
+    assert f"No difference was found between {named} (MDE {pair.among:.3f}); for a pair planned alone" in text
     assert verdict.alone < verdict.among
     pairs = evidence.pair_frames([panel], [])["pairs-rte"]
     assert len(pairs) == 3
     assert pairs["detectable"].notna().all()
     assert pairs["told_apart"].sum() == 2
+
+
+def test_what_any_number_of_seeds_would_find_is_not_said_where_items_show_no_error():
+    """Runs that fail on items of their own leave nothing for the items' source, which is not to say that it is 0."""
+    records = []
+    for method in ("full", "lora"):
+        for seed in range(3):
+            right = np.array([int(i % 3 != seed or i > 50 - 5 * seed) for i in range(60)])
+            records.append(make_record(method, seed=seed, test=float(right.mean())))
+            records[-1]["quality"]["items"] = {"test": {"scores": right.tolist(), "predictions": right.tolist()}}
+    (panel,) = compared(records)
+    assert panel.pairs[0].estimate.items.variance == 0
+    (table,) = evidence.evidence([panel], [])
+    text = "\n".join(table.notes)
+    assert "with 10 seeds" in text
+    assert "any number of seeds" not in text
 
 
 def test_verdicts_letters_and_intervals_agree():

@@ -48,10 +48,15 @@ def _pair_sentence(comparison: Comparison, pairs: Sequence[Verdict], digits: int
     same = [v for v in pairs if not v.apart]
     parts = [f"{len(pairs) - len(same)} of {len(pairs)} pairs were told apart ([csv]({link}))."]
     if same:
-        parts.append(
-            f"For the others no difference was found, MDE {_range([v.among for v in same], digits)}; for a pair "
-            f"planned alone {_range([v.alone for v in same], digits)}."
+        names = [row["variant"] for row in comparison.rows]
+        named = [f"{names[v.first]} and {names[v.second]} (MDE {v.among:.{digits}f})" for v in same]
+        which = (
+            f"No difference was found between {', '.join(named)}; for a pair planned alone MDE "
+            if len(same) <= MOST_NAMES
+            else f"For the others no difference was found, MDE {_range([v.among for v in same], digits)}; for a pair "
+            "planned alone "
         )
+        parts.append(f"{which}{_range([v.alone for v in same], digits)}.")
     counts = comparison.seed_counts
     if same and len(counts) == 1:
         (have,), family = counts, ALPHA / pairs[0].family
@@ -60,6 +65,8 @@ def _pair_sentence(comparison: Comparison, pairs: Sequence[Verdict], digits: int
             if want is None and not any(v.estimate.items for v in same):
                 continue
             median = float(np.median(detectable([with_seeds(v.estimate, have, want) for v in same], family)))
+            if float(f"{median:.{digits}f}") == 0:  # the spread of items is drowned by that of seeds, not absent
+                continue
             told.append(f"{median:.{digits}f} with {'any number of' if want is None else want} seeds")
         if told:
             parts.append(f"At this spread the median would be {', '.join(told)}.")

@@ -31,7 +31,7 @@ from peftbench.analysis.plots import (
     log_ticks,
 )
 from peftbench.analysis.search_tables import names_of
-from peftbench.analysis.studies import PRUNED, Importance, Study, short_name, value_text
+from peftbench.analysis.studies import PRUNED, Importance, Study, short_name
 from peftbench.analysis.tables import metric_title, slug
 
 BINS = 6
@@ -173,7 +173,7 @@ def importance_plot(studies: Sequence[Study], found: Sequence[Importance | None]
             ax.set_title(f"{title} ({one.trials} trials)")
             ax.set_xlabel("importance")
         _share_titles(axes)
-        _legend(figure, [Line2D([], [], color=colours[k], linewidth=5) for k in kinds], kinds)
+        _legend(figure, [Line2D([], [], color=colours[k], linewidth=5, solid_capstyle="butt") for k in kinds], kinds)
         _freeze(figure)
     caption = (
         "Importance of each setting for the value on validation, over complete trials. "
@@ -207,7 +207,7 @@ def _sensitivity(name: str, studies: Sequence[Study], styles: Styles, stem: str)
     positive = [v for s in studies for t in s.complete if (v := number(t.params.get(name))) is not None]
     ranges = [s.space[name] for s in studies]
     wide = min(positive) > 0 and max(positive) / min(positive) > 8
-    log = min(positive) > 0 and (any(r.log for r in ranges) or wide)
+    log = min(positive) > 0 and (any(r.log for r in ranges) or (wide and all(r.choices for r in ranges)))
     title = short_name(name).replace("_", " ")
     edges = [s for s in studies if name in s.edges()]
     with matplotlib.rc_context(RC):
@@ -296,7 +296,8 @@ def _value_axis(axes: Axes, studies: Sequence[Study], name: str, log: bool) -> N
     else:
         ticks = log_ticks(distinct[0], distinct[-1])
     axes.xaxis.set_major_locator(FixedLocator([math.log10(t) for t in ticks]))
-    axes.xaxis.set_major_formatter(FixedFormatter([value_text(int(t)) if whole else _scientific(t) for t in ticks]))
+    plain = whole or 0.01 <= min(ticks) <= max(ticks) < 1000  # one form along the whole axis
+    axes.xaxis.set_major_formatter(FixedFormatter([f"{t:g}" if plain else _scientific(t) for t in ticks]))
     axes.xaxis.set_minor_locator(NullLocator())
 
 
