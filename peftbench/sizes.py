@@ -89,7 +89,7 @@ def _between(low: int, high: int, at: Count, target: int) -> None:
         elif first is not None:
             _between(low, _last_accepted(low, high, at), at, target)
         return
-    if (first - target) * (last - target) > 0:
+    if first == target or (first - target) * (last - target) > 0:  # nothing between is closer, or as close and smaller
         return
     middle = (low + high) // 2
     if at(middle) is None and high - low > NEAR:

@@ -46,6 +46,17 @@ def test_values_that_are_not_accepted_are_left_out():
     assert closest(lambda v: None, 100) is None
 
 
+def test_a_count_that_stays_the_same_is_not_looked_at_value_by_value():
+    asked = []
+
+    def flat(v):
+        asked.append(v)
+        return min(10 * v, 500)
+
+    assert closest(flat, 500) == (50, 500)
+    assert len(asked) < 100
+
+
 def test_of_values_far_apart_the_smallest_that_matches_is_taken():
     def valley(v):
         return 1000 - 90 * v if v <= 10 else 100 + 3 * (v - 10)
