@@ -38,6 +38,17 @@ def test_both_sources_of_error_by_hand():
     assert found.items.variance == pytest.approx(1 / 4 / 3 - 1 / 36)
 
 
+def test_both_sources_of_a_difference_by_hand():
+    first, second = np.array([[4.0, 0.0], [0.0, 0.0]]), np.array([[0.0, 8.0], [0.0, 4.0]])
+    found = difference(*(sample((0, 1), one.mean(axis=1), one) for one in (first, second)))
+    assert found.value == 1 - 3
+    # Seeds: runs 2 and 0, 4 and 2, each side's variance 2 over 2 seeds; Welch's degrees are 4 / (1 + 1).
+    assert (found.seeds.variance, found.seeds.degrees) == (pytest.approx(2), pytest.approx(2))
+    # Items: means 2 − 0 and 0 − 6 have a variance of 32, over 2 items. Rest: ±1 four times on each side, so 4 over 4.
+    assert (residual(first), residual(second)) == (1, 1)
+    assert found.items.variance == pytest.approx(16 - 1 - 1)
+
+
 def test_one_source_is_students_interval():
     scores = [0.70, 0.74, 0.69, 0.75]
     found = mean(sample(range(4), scores))

@@ -70,6 +70,16 @@ def test_wilcoxon_on_demsars_table():
     assert wilcoxon([0.9, 0.8, 0.7, 0.6, 0.5], [0.8, 0.6, 0.4, 0.2, 0.0]) == pytest.approx(1 / 16)
 
 
+def test_wilcoxons_zeros_are_split_by_hand():
+    """Four tasks without a difference, seven with the smaller ones for the first method, five against it."""
+    from scipy.stats import norm
+
+    differences = np.array([0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, -8, -9, -10, -11, -12])
+    # Ranks 1 to 4 are 5 on either side; R+ = 5 + (5 + … + 11) = 61, R− = 5 + (12 + … + 16) = 75. Four tie: 4³ − 4.
+    z = (61 - 16 * 17 / 4) / np.sqrt((16 * 17 * 33 - (4**3 - 4) / 2) / 24)
+    assert wilcoxon(differences, np.zeros(16)) == pytest.approx(2 * norm.cdf(z))
+
+
 def test_friedman_and_nemenyi_on_demsars_table():
     # Section 3.2.2: mean ranks 3.143, 2.000, 2.893, 1.964; χ² = 9.28; F = 3.69; critical difference 1.25.
     found = friedman(DEMSAR)
