@@ -85,6 +85,19 @@ def test_a_panels_table_says_what_is_known_of_each_method():
     assert {raw["lora"]["seeds"], raw["lora"]["items"]} == {"4", "300"}
 
 
+def test_the_hypervolume_is_that_up_to_the_stated_reference_point():
+    records = [make_record(m, seed=s, test=t, adapter=a) for m, t, a in
+               (("full", 0.9, 9999), ("lora", 0.8, 99), ("head", 0.5, 9)) for s in (0, 1)]  # fmt: skip
+    found = compared(records)
+    (table,) = evidence.evidence(found, [])
+    # log10(1 + parameters) is 4, 2 and 1; from (0.5, 4) only LoRA spans an area: (0.8 − 0.5) · (4 − 2).
+    note = next(note for note in table.notes if note.startswith("Hypervolume"))
+    assert note.startswith(
+        "Hypervolume of quality against log10(1 + adapter parameters): 0.6, reference point (the worst of each): "
+        "quality 0.5, 10.0k parameters. Lost with one method alone: lora 100.0 %."
+    )
+
+
 def test_no_difference_comes_with_what_could_have_been_found():
     records = [run(m, s, skill=k) for m, k in (("full", 0.8), ("lora", 0.8), ("ia3", 0.5)) for s in range(3)]
     (panel,) = compared(records)
