@@ -83,6 +83,25 @@ def test_a_trial_of_a_process_that_ended_is_trained_again_with_its_parameters(tm
     assert living.done
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "grid", "random"])
+def test_a_search_whose_process_ended_goes_on_with_the_trials_it_would_have_had(tmp_path, sampler):
+    asked = []
+    for name, ends in (("whole", False), ("ended", True)):
+        study = opened(tmp_path / name, trials=7, sampler=sampler)
+        batch = study.ask(3)
+        if ends:
+            study.tell(batch[1], TrialState.COMPLETE, [0.1], {"status": "completed"})
+            for trial in (batch[0], batch[2]):
+                gone(study, trial)
+            study.reap()
+            batch = [*study.ask(2), batch[1]]
+        for trial in batch:
+            study.tell(trial, TrialState.COMPLETE, [0.1], {"status": "completed"})
+        asked.append([t.params for t in study.ask(4)])
+    assert asked[0] == asked[1]
+    assert len(asked[0]) == 4
+
+
 def test_a_trial_that_ends_every_process_fails_for_good(tmp_path):
     study = opened(tmp_path, trials=1)
     for retry in range(MOST_RETRIES + 1):

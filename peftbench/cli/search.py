@@ -167,7 +167,7 @@ def _missing(study: "Study") -> int:
 
 
 def _statuses(study: "Study") -> Counter[str]:
-    from peftbench.search.studies import LOST
+    from peftbench.search import LOST
 
     found = [str(t.user_attrs.get("status")) for t in study.trials() if t.state.is_finished()]
     return Counter(status for status in found if status != LOST)

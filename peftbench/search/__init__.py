@@ -16,3 +16,5 @@ STUDY_ATTRIBUTES = (
     *("space", "seed", "sampler", "pruner", "fixed"),
 )
 TRIAL_ATTRIBUTES = ("run_id", "status", "seconds", "step")
+LOST = "lost"
+"""The status of a trial whose worker is gone; another with its parameters stands in for it."""

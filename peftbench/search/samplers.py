@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from peftbench.search import LOST
 from peftbench.search.space import Axis
 
 STARTUP = 10
@@ -20,7 +22,7 @@ STARTUP = 10
 
 
 class Seeded(BaseSampler):
-    """A sampler made anew for each trial, from the search's seed and the trial's number.
+    """A sampler made anew for each trial, from the search's seed and the trial's place among those that were not lost.
 
     So a search that was interrupted goes on with the trials it would have had, and no two workers repeat each other.
     """
@@ -31,11 +33,14 @@ class Seeded(BaseSampler):
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Called by Optuna when a trial is asked for."""
-        state = np.random.SeedSequence([self._seed, trial.number]).generate_state(1)
+        place = _place(study, trial)
+        state = np.random.SeedSequence([self._seed, place]).generate_state(1)
         # the values of a grid are in an order of the search's own
         number = self._seed if isinstance(self._inner, optuna.samplers.GridSampler) else int(state[0]) % 2**31
         self._inner = self._make(number)
-        self._inner.before_trial(study, trial)
+        placed = copy.copy(trial)
+        placed.number = place  # a grid goes by it
+        self._inner.before_trial(study, placed)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Return the parameters that are sampled together."""
@@ -59,6 +64,12 @@ class Seeded(BaseSampler):
         """Called by Optuna when a trial is told; a grid would end the study here, which its own loop decides."""
         if not isinstance(self._inner, optuna.samplers.GridSampler):
             self._inner.after_trial(study, trial, state, values)
+
+
+def _place(study: optuna.Study, trial: FrozenTrial) -> int:
+    """Return how many trials went before that were not lost."""
+    others = study.get_trials(deepcopy=False)
+    return trial.number - sum(t.number < trial.number and t.user_attrs.get("status") == LOST for t in others)
 
 
 def sampler(name: str, seed: int, axes: Sequence[Axis]) -> BaseSampler:

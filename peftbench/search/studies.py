@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from peftbench.budget import Held
 from peftbench.errors import UserError
 from peftbench.record import canonical, plain
-from peftbench.search import samplers
+from peftbench.search import LOST, samplers
 from peftbench.search.settings import SearchConfig
 from peftbench.search.space import Axis
 from peftbench.store import alive, this_process
@@ -31,8 +31,6 @@ WORKER, BEAT, RETRIES = (f"peftbench:{name}" for name in ("worker", "beat", "ret
 """System attributes of a running trial: whose it is, a number that changes while its worker lives, and how many workers
 it has outlived."""
 Direction = Literal["minimize", "maximize"]
-LOST = "lost"
-"""The status of a trial whose worker is gone."""
 MOST_RETRIES = 3
 STALE_BEATS = 3
 KEPT_ATTRIBUTES = ("grid_id", "search_space")
