@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftbench import registry
+from peftbench import registry, starts
 from peftbench.config import ModelConfig, TrainConfig, build
 from peftbench.engine import objectives
 from peftbench.engine.compiling import compiled_layers
@@ -204,6 +204,7 @@ def assembled(setting: Setting, backbone: Backbone | None = None) -> Iterator[As
     with _configured(model, setting):
         adapter = attach(model, list(setting.methods), seeds=seeds, tokenizer=backbone.tokenizer)
         try:
+            starts.fill(adapter, [c.start for c in setting.configs], seeds)
             if setting.train.dropout is not None:
                 for _, delta in adapter.parts:
                     for module in delta.modules():

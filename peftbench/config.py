@@ -101,6 +101,7 @@ class TrainConfig:
     """One recipe; `steps` overrides `epochs`, None as learning rate or length takes the method's or the task's.
 
     `patience`: evaluations without a better primary metric after which a run stops; None: it never does.
+    `start`: the folder of an adapter, or of a sweep with adapters on `start_task`, whose weights a run starts from.
     """
 
     steps: int | None = None
@@ -124,6 +125,8 @@ class TrainConfig:
     checkpointing: bool = False
     evaluate_every: int | None = None
     patience: int | None = None
+    start: str | None = None
+    start_task: str | None = None
 
     def __post_init__(self) -> None:
         in_range("train.steps", self.steps, 1)
@@ -146,6 +149,8 @@ class TrainConfig:
         in_range("train.accumulation", self.accumulation, 1)
         in_range("train.evaluate_every", self.evaluate_every, 1)
         in_range("train.patience", self.patience, 1)
+        if self.start_task is not None and self.start is None:
+            raise UserError(f"train.start_task={self.start_task}: expected train.start too, a sweep's folder")
         if self.batch_size % self.accumulation:
             raise UserError(
                 f"train.accumulation={self.accumulation}: expected a divisor of train.batch_size={self.batch_size}"

@@ -19,7 +19,7 @@ RUN_KEYS = ("seed", "protocol")
 LENGTHS = ("steps", "epochs", "patience")
 """What decides when a run ends."""
 ADAMW = ("learning_rate", "weight_decay", "clip_norm", "warmup", "schedule", "beta1", "beta2", "epsilon")
-PER_RUN_TRAIN = (*ADAMW, *LENGTHS)
+PER_RUN_TRAIN = (*ADAMW, *LENGTHS, "start", "start_task")
 """What may differ between the runs of a pack besides the seed and the method's own free settings."""
 QUEUE = 4
 """Runs of unequal length that are given to one pack, for each of its places."""
@@ -106,6 +106,8 @@ def points(demand: Demand, declared: Mapping[str, frozenset[str]]) -> tuple[list
 
 METHODS_OWN = ("method", "method_files")
 """What a run's identity says of its method."""
+PER_RUN_IDENTITY = (*METHODS_OWN, "start")
+"""What of identities may differ between the runs of a pack."""
 
 
 def _common(spec: RunSpec) -> list[Any]:
@@ -117,7 +119,7 @@ def _common(spec: RunSpec) -> list[Any]:
         spec.profile,
         spec.protocol,
         spec.device,
-        {k: v for k, v in spec.identity.items() if k not in METHODS_OWN},
+        {k: v for k, v in spec.identity.items() if k not in PER_RUN_IDENTITY},
     ]
 
 

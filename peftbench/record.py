@@ -54,11 +54,13 @@ def train_content(train: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a run's `train` section changes its result.
 
     Epochs say nothing when steps are given, and the size of evaluation batches changes no metric. The default optimizer
-    and the default execution go without saying, and so does no patience: sections written before there was a choice do
-    not name them.
+    and the default execution go without saying, and so do no patience and no other run's adapter to start from:
+    sections written before there was a choice do not name them. Where that adapter lies changes nothing; identities
+    have its sha256.
     """
-    unsaid = {"optimizer": DEFAULT_OPTIMIZER, "execution": DEFAULT_EXECUTION, "patience": None}
-    kept = {k: v for k, v in train.items() if k != "eval_batch_size" and (k not in unsaid or v != unsaid[k])}
+    unsaid = {"optimizer": DEFAULT_OPTIMIZER, "execution": DEFAULT_EXECUTION, "patience": None, "start_task": None}
+    silent = ("eval_batch_size", "start")
+    kept = {k: v for k, v in train.items() if k not in silent and (k not in unsaid or v != unsaid[k])}
     if kept.get("steps") is not None:
         kept.pop("epochs", None)
     return kept
@@ -69,7 +71,8 @@ class RunSpec:
     """Everything that decides a run, resolved: no null learning rate or length, no interpolation.
 
     `identity` holds what the settings cannot show: ``weights`` (sha256), ``data`` (fingerprint), ``engine`` and
-    ``method`` (integer versions), ``device_kind`` ("cpu" or the GPU's name), ``task`` (labels, formulation).
+    ``method`` (integer versions), ``device_kind`` ("cpu" or the GPU's name), ``task`` (labels, formulation), ``start``
+    (sha256 of the adapter that it starts from, if it does).
     """
 
     model: dict[str, Any]

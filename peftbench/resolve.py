@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftbench import environment, registry
+from peftbench import environment, registry, starts
 from peftbench.config import PROTOCOLS, ModelConfig, ProfileConfig, TrainConfig, as_dict, build, in_range, one_of
 from peftbench.errors import UserError, nearest
 from peftbench.overrides import is_file
@@ -289,6 +289,14 @@ class Resolver:
             ("length", parts["model"][2], parts["method"][2], task.formulation, recipe["max_length"]),
             lambda: self._check_length(config, method, task.formulation, recipe["max_length"]),
         )
+        start = None
+        if train.start is not None:
+            key = (train.start, train.start_task, parts["model"][2], parts["method"][2], task.num_tasks)
+            start = self._once(
+                ("start", *key),
+                lambda: starts.find(str(train.start), train.start_task, model, method, method_settings),
+            )
+            recipe = {**recipe, "start": start.folder, "start_task": start.task}
         return RunSpec(
             model=model,
             method=method_settings,
@@ -310,6 +318,7 @@ class Resolver:
                     **({"tasks": task.num_tasks} if task.num_tasks > 1 else {}),
                 },
                 **({} if files is None else {"method_files": files}),
+                **({} if start is None else {"start": start.sha256}),
             },
         )
 

@@ -186,6 +186,10 @@ def test_selection_split_start_and_data_decide():
     assert differences(row(), last, 3)[0].ours == "last"
     start = row(protocol=Protocol("", SELECTED, "mean", "mnli: mrpc rte"))
     assert found(start, record()) == {"start": True}
+    from_mnli, from_elsewhere = (record(**{"train.start": "kept", "train.start_task": t}) for t in ("mnli", None))
+    assert not found(start, from_mnli)
+    assert found(start, from_elsewhere) == {"start": True}
+    assert found(row(), from_mnli) == {"start": True}
     server = row(here=Here("roberta-base", "same", "lora", "rte", "test server", "test"))
     assert found(server, record()) == {"reported split": True}
     part = record().to_dict()

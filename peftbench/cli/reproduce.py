@@ -147,13 +147,12 @@ def _print(table: Any, plain: list[dict[str, Any]], form: str, after: str = "", 
 
 
 def _run(names: list[str], run: bool, rate: float | None, form: str) -> int:
-    from peftbench.reproduce.budget import RATE
-    from peftbench.reproduce.budget import cost as cost_of
+    from peftbench.reproduce import budget
 
     if len(names) != 1:
         raise UserError(f"{'--run' if run else '--cost'}: expected one paper, row, claim or experiment")
     experiment = _experiment(names[0])
-    estimated = cost_of(experiment, RATE if rate is None else rate)
+    estimated = budget.cost(experiment, budget.RATE if rate is None else rate)
     if form == "json" and not run:
         print(json.dumps(estimated.to_dict(), indent=1))
         return 0
@@ -163,7 +162,8 @@ def _run(names: list[str], run: bool, rate: float | None, form: str) -> int:
         return 0
     from peftbench.cli.sweep import sweep
 
-    return sweep([f"experiment={experiment}"])
+    kept = ["save_adapters=true"] if budget.starts_others(experiment) else []
+    return sweep([f"experiment={experiment}", *kept])
 
 
 def _experiment(name: str) -> str:

@@ -16,6 +16,7 @@ from peftbench.errors import UserError
 from peftbench.plan import points
 from peftbench.record import canonical
 from peftbench.resolve import Resolver, demand
+from peftbench.resolve import experiment as experiment_file
 
 RATE = 1e14
 """FLOP/s that a GPU is taken to sustain where nobody says: about a tenth of one H100's bf16 peak."""
@@ -74,10 +75,18 @@ def experiments_of(paper: str) -> list[str]:
 
 
 def experiment_of(row: published.Value) -> str | None:
-    """Return the experiment that holds a row's task; None where there is none."""
+    """Return the experiment that holds a row's task, or its start from another task; None where there is none."""
     found = experiments_of(row.paper.key)
-    own = f"reproduce-{row.paper.key}-{row.here.task}"
-    return own if own in found else found[0] if found else None
+    start = row.protocol.starts_from(row.here.task)
+    own = (f"reproduce-{row.paper.key}-{row.here.task}", f"reproduce-{row.paper.key}-from-{start}")
+    return next((name for name in own if name in found), found[0] if found else None)
+
+
+def starts_others(experiment: str) -> bool:
+    """Tell whether another experiment starts from the adapters that this one's sweep would keep."""
+    *_, sweep = experiment_file(experiment)
+    asked = {str(s) for n in registry.experiments() for g in experiment_file(n)[0] for s in g.get("train.start", ())}
+    return f"results/{sweep}" in asked
 
 
 def cost(experiment: str, rate: float = RATE) -> Cost:

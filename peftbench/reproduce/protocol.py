@@ -78,6 +78,18 @@ def selection_of(record: Mapping[str, Any]) -> str:
     return "best on the reported split" if paper else "held out"
 
 
+def _start(source: str) -> str:
+    """Return in words what training starts from: "pretrained", a task, or "" where it is not stated."""
+    return source and ("the pretrained model" if source == "pretrained" else f"the {source} adapter")
+
+
+def start_of(spec: Mapping[str, Any]) -> str:
+    """Return in words what a run's training started from."""
+    train = spec["train"]
+    task = train.get("start_task")
+    return "the pretrained model" if not train.get("start") else _start(task) if task else "an adapter of unknown task"
+
+
 def epochs_of(spec: Mapping[str, Any]) -> tuple[str, float]:
     """Return what a run's length is stated in, epochs or steps, and how many."""
     train = spec["train"]
@@ -103,10 +115,9 @@ def _identity(row: Value, record: Mapping[str, Any]) -> Iterator[Difference]:
     ours = selection_of(record)
     if protocol.selection != ours:
         yield Difference("selection of the step", protocol.selection, ours, decides=bool(protocol.selection))
-    start = protocol.starts_from(here.task)
-    if start != "pretrained":
-        given = f"the {start} adapter" if start else ""
-        yield Difference("start", given, "the pretrained model", decides=bool(start))
+    start, mine = _start(protocol.starts_from(here.task)), start_of(spec)
+    if start != mine:
+        yield Difference("start", start, mine, decides=bool(start))
     if "|" in row.metric.ours:
         yield Difference("metric", "", "accuracy", decides=False)
 
