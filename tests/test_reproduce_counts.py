@@ -20,13 +20,12 @@ def rebuilt() -> dict[str, Rebuilt]:
 
 
 UNEXPLAINED = {
-    # both logs show the trained parameters that the closed form gives, and another number of all parameters
-    "vit-base-patch16-224-in21k-adalora-init-r12-taskimg-query-value",
+    # the log shows the trained parameters that the closed form gives, and another number of all parameters
     "distilgpt2-lora-r16-taskclm-c-attn",
 }
 
 
-def test_every_row_is_equal_or_explained_but_for_two(rebuilt):
+def test_every_row_is_equal_or_explained_but_for_one(rebuilt):
     assert {name for name, r in rebuilt.items() if r.status == "differs"} == UNEXPLAINED
     tally = counts.tally(list(rebuilt.values()))
     assert tally["equal"] + tally["explained"] > 650
@@ -40,6 +39,12 @@ def test_an_explanation_adds_up_to_the_parameter(rebuilt):
             assert r.count.total in (None, r.total), r.count.id
             assert set(r.rules) <= set(counts.RULES), r.count.id
             assert (r.status == "equal") == (not r.rules), r.count.id
+
+
+def test_adapters_put_on_before_are_counted_by_their_own_closed_forms(rebuilt):
+    """24 maps of 768 x 768: LoHa of rank 16 has four factors, LoKr two square ones of 24 and 32."""
+    found = rebuilt["vit-base-patch16-224-in21k-adalora-init-r12-taskimg-query-value"]
+    assert dict(found.total_terms)["earlier adapters"] == 24 * (4 * 16 * 768 + 24 * 24 + 32 * 32)
 
 
 def test_what_cannot_be_rebuilt_says_why(rebuilt):

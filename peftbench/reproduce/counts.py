@@ -29,6 +29,7 @@ RULES = {
     "other biases": "biases outside the layers' linear maps and norms (poolers, heads) train as well",
     "all biases": "every bias of the model trains",
     "two ranks": "all parameters include a counter of ranks at each map",
+    "earlier adapters": "all parameters include adapters that the same source put on the model before",
     "frozen factor": "the frozen factor is counted among all parameters",
     "shared matrices": "the frozen random matrices that all maps share are counted",
     "half of four bits": "two 4-bit weights are stored, and counted, as one element",
@@ -207,7 +208,9 @@ def _translate(row: Count, model: Any) -> tuple[str, dict[str, Any]]:
         return "adalora", {**ranks, "targets": _targets(row, model)}
     if name == "FourierFT":
         return "fourierft", {"frequencies": s["n_frequency"], "targets": _targets(row, model)}
-    if name == "MiSS" and s.get("init_weights") != "mini":
+    if name == "MiSS":
+        if s.get("init_weights") == "mini":
+            raise NotHere("MiSS has no init_weights=mini here, which shares its blocks")
         return "miss", {"rank": s["r"], "targets": _targets(row, model)}
     if name == "RandLoRA":
         return "randlora", {"rank": s["r"], "targets": _targets(row, model)}
@@ -283,7 +286,7 @@ def _work(row: Count) -> _Work:
     except UserError as error:
         if row.method == "BitFit" and "no bias terms" in str(error):
             return _Work(row, model, "head", {})
-        raise NotHere(str(error)) from error
+        raise NotHere(str(error).partition(" (mapped: ")[0]) from error  # how to map one helps elsewhere
     return work
 
 
@@ -347,7 +350,7 @@ def rebuild(row: Count) -> Rebuilt:
             status = "explained" if terms or named else "equal"
             return Rebuilt(row, status, work.adapter, tuple(terms), found, total, named)
     total = shapes.total(work.model) + sum(n for _, n in next(_totals(work, terms)))
-    why = f"trained parameters equal; all parameters {total - row.total:+,}"
+    why = f"trained parameters equal; all parameters {total - row.total:+,}, which no rule here explains"
     return Rebuilt(row, "differs", work.adapter, tuple(terms), found, total, why=why)
 
 
@@ -373,6 +376,11 @@ def _totals(work: _Work, terms: list[tuple[str, int]]) -> Iterator[list[tuple[st
     if work.name == "lora_fa":
         first.append(("frozen factor", sum(work.method.rank * s.in_features for s in _sites(work))))
     yield first
+    if "before" in row.settings:
+        earlier = {"targets": _targets(row, model)}
+        made = [registry.section("method", n) | earlier | {"rank": r} for n, r in row.settings["before"].items()]
+        left = sum(registry.build_method(mapping).parameter_count(model) for mapping in made)
+        yield [*first, ("earlier adapters", left)]
     yield plain
     if "4-bit" in row.method:
         quantized = sum(s.in_features * s.out_features for s in _sites(work))

@@ -103,7 +103,7 @@ def page(found: Sequence[Configuration], measurements: Sequence[Mapping[str, Any
         "## Parameter counts",
         "",
         f"{len(counted)} reported counts, rebuilt from shapes: {tally['equal']} equal, {tally['explained']} explained",
-        f"to the parameter, {tally['differs']} differ, {tally['not here']} of methods or architectures not here.",
+        f"to the parameter, {tally['differs']} unexplained, {tally['not here']} of methods or architectures not here.",
         "",
         "## What remains unverified",
         "",
