@@ -148,6 +148,7 @@ def test_spreads_are_read_as_what_they_are():
 
 def test_our_interval_is_students():
     assert half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert half_width([1.0, 2.0, 3.0], "median") == pytest.approx(4.302653 / math.sqrt(3) * 1.2533141, rel=1e-6)
     assert half_width([1.0]) is None
     assert reach(1.0, 4) == pytest.approx(2.776445, rel=1e-6)
 

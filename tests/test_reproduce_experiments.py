@@ -59,6 +59,9 @@ def test_the_cost_of_one_run_by_hand(tmp_path, monkeypatch):
     assert cost.flops == tokens * (4 * layers + 6 * adapter)
     assert cost.unknown == ("movie-reviews",)
     assert len(cost.lines()) == 2
+    (folder / "experiment.yaml").write_text(text.replace("train.epochs: 2", "train.steps: 10"))
+    cost = budget.cost("reproduce-one")
+    assert (cost.runs, cost.steps, cost.unknown) == (2, 20, ())  # steps need no sizes
 
 
 def family(model: str) -> str:
@@ -149,6 +152,25 @@ def test_every_paper_with_an_experiment_says_so():
     assert budget.experiment_of(rows["lora-t2-roberta-large-loralr-rte"]) == "reproduce-lora"
     assert budget.experiment_of(rows["lora-t3-gpt2-medium-lora-0.35m-bleu"]) == "reproduce-lora-e2e"
     assert budget.experiment_of(rows["dora-t5-llama-7b-lora"]) is None
+
+
+@pytest.mark.parametrize(
+    ("row", "experiment"),
+    [
+        ("adalora-t1-adalora-1.27m-rte", "reproduce-adalora"),
+        ("adalora-t1-adalora-0.32m-rte", None),  # of rank 2
+        ("adalora-t1-lora-1.33m-cola", None),  # another method
+        ("lora-t2-roberta-base-fb-cola", None),
+        ("lora-t2-roberta-large-loralr-rte", "reproduce-lora"),  # not from MNLI
+        ("lora-t2-roberta-large-fl-rte", None),  # from MNLI, another method
+    ],
+)
+def test_a_command_is_named_for_what_it_trains_alone(row, experiment):
+    assert budget.experiment_of(published.values()[row]) == experiment
+
+
+def test_adapters_are_kept_where_another_experiment_starts_from_them():
+    assert [n for n in OURS if budget.starts_others(n)] == ["reproduce-lora"]
 
 
 @pytest.mark.parametrize("name", PAPERS)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from peftbench import resolve
 from peftbench.assembly import Setting, assembled
 from peftbench.errors import UserError
 from peftbench.progress import Quiet
@@ -70,6 +71,19 @@ def test_in_a_pack_each_run_starts_where_it_says(source: Path, tmp_path: Path) -
     assert len({record.trace["loss"][0] for record in packed}) == 3
     (unlike,) = run(lora(seed=3, train__steps=4), tmp_path / "unlike")
     assert unlike.trace["loss"][1:] != pytest.approx(packed[0].trace["loss"][1:], rel=1e-5)
+
+
+def test_runs_with_other_starts_share_a_pack(source: Path) -> None:
+    folders = [str(p) for p in (source / "adapters").iterdir()]
+    grid = {
+        "model": ["tiny-bert"],
+        "task": ["tiny"],
+        "method": ["lora"],
+        "method.rank": [2],
+        "train.start": [None, *folders],
+    }
+    plan = resolve.plan(resolve.demand(grid, None), "cpu")
+    assert [len(pack) for pack in plan.packs(plan.specs, 8)] == [3]
 
 
 def test_a_run_is_known_by_the_weights_it_starts_from_not_by_where_they_lie(source: Path, tmp_path: Path) -> None:

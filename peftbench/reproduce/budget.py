@@ -7,6 +7,7 @@ first two, a lower bound of the last. Runs that share a pass through the base co
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from peftbench.config import ModelConfig, build
 from peftbench.errors import UserError
 from peftbench.plan import points
 from peftbench.record import canonical
+from peftbench.reproduce.protocol import METHOD_KEYS, WORDS, same
 from peftbench.resolve import Resolver, demand
 from peftbench.resolve import experiment as experiment_file
 
@@ -75,17 +77,42 @@ def experiments_of(paper: str) -> list[str]:
 
 
 def experiment_of(row: published.Value) -> str | None:
-    """Return the experiment that holds a row's task, or its start from another task; None where there is none."""
-    found = experiments_of(row.paper.key)
+    """Return the experiment that trains a row's configuration; None where there is none."""
+    return next((name for name in experiments_of(row.paper.key) if trains(name, row)), None)
+
+
+def trains(experiment: str, row: published.Value) -> bool:
+    """Tell whether an experiment trains a row's method on its model and task, from its start, with its settings.
+
+    Of the settings those of the method count, where both state them.
+    """
     start = row.protocol.starts_from(row.here.task)
-    own = (f"reproduce-{row.paper.key}-{row.here.task}", f"reproduce-{row.paper.key}-from-{start}")
-    return next((name for name in own if name in found), found[0] if found else None)
+    wanted: dict[str, Any] = {"model": row.here.model, "method": row.here.method, "task": row.here.task}
+    wanted["train.start_task"] = None if start in ("", "pretrained") else start
+    for theirs, ours in METHOD_KEYS.items():
+        value = row.settings.get(theirs)
+        if not isinstance(value, str) or value in WORDS:
+            wanted[f"method.{ours}"] = WORDS.get(value, value) if isinstance(value, str) else value
+    return any(
+        all(
+            any(same(value, ours) for ours in grid.get(key, [None]))
+            for key, value in wanted.items()
+            if not key.startswith("method.") or (value is not None and key in grid)
+        )
+        for grid in _grids(str(registry.experiments()[experiment]))
+    )
+
+
+@functools.cache
+def _grids(path: str) -> list[dict[str, list[Any]]]:
+    return experiment_file(path)[0]
 
 
 def starts_others(experiment: str) -> bool:
     """Tell whether another experiment starts from the adapters that this one's sweep would keep."""
     *_, sweep = experiment_file(experiment)
-    asked = {str(s) for n in registry.experiments() for g in experiment_file(n)[0] for s in g.get("train.start", ())}
+    files = map(str, registry.experiments().values())
+    asked = {str(s) for file in files for grid in _grids(file) for s in grid.get("train.start", ())}
     return f"results/{sweep}" in asked
 
 

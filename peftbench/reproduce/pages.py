@@ -77,7 +77,9 @@ def needs(row: Value) -> list[str]:
     experiment = experiment_of(row)
     if experiment is not None:
         return [f"needs python -m peftbench sweep experiment={experiment} (weights of {row.model}, a GPU)"]
-    return [f"needs a run of {here.method} on {here.model} and {here.task}"]
+    start = row.protocol.starts_from(here.task)
+    beginning = "" if start in ("", "pretrained") else f", from the {start} adapter"
+    return [f"needs a run of {here.method} on {here.model} and {here.task}{beginning}"]
 
 
 def judged(
