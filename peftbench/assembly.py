@@ -175,7 +175,7 @@ class Assembly:
         if not packed and not plain:
             raise UserError("nothing trains: this method has no parameters and the task no head")
         c = self.setting.train
-        even = [[1.0] * self.adapter.runs] * len(self.objective.parameters())
+        head = [[_head_ratio(config) for config in self.setting.configs]] * len(self.objective.parameters())
         return PackedAdamW(
             packed,
             plain,
@@ -183,8 +183,8 @@ class Assembly:
             steps,
             done=done,
             length=length,
-            ratios=self.adapter.rate_ratios() + even,
-            rows=self.adapter.rows() + [(0, self.adapter.runs)] * len(even),
+            ratios=self.adapter.rate_ratios() + head,
+            rows=self.adapter.rows() + [(0, self.adapter.runs)] * len(head),
             keep_gradients=self.adapter.watches_steps,
             base=self.setting.methods[0].base_optimizer(
                 plain, (c.beta1, c.beta2), c.epsilon, self.setting.recipes[0].weight_decay
@@ -193,6 +193,11 @@ class Assembly:
             else None,
             storage=Storage.parse(c.optimizer),
         )
+
+
+def _head_ratio(config: TrainConfig) -> float:
+    """Return the head's learning rate over that of everything else."""
+    return 1.0 if config.head_learning_rate is None else config.head_learning_rate / cast(float, config.learning_rate)
 
 
 @contextmanager

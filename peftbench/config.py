@@ -101,6 +101,7 @@ class TrainConfig:
     """One recipe; `steps` overrides `epochs`, None as learning rate or length takes the method's or the task's.
 
     `patience`: evaluations without a better primary metric after which a run stops; None: it never does.
+    `head_learning_rate`: that of the task head; None: that of everything else.
     `start`: the folder of an adapter, or of a sweep with adapters on `start_task`, whose weights a run starts from.
     """
 
@@ -125,6 +126,7 @@ class TrainConfig:
     checkpointing: bool = False
     evaluate_every: int | None = None
     patience: int | None = None
+    head_learning_rate: float | None = None
     start: str | None = None
     start_task: str | None = None
 
@@ -149,6 +151,7 @@ class TrainConfig:
         in_range("train.accumulation", self.accumulation, 1)
         in_range("train.evaluate_every", self.evaluate_every, 1)
         in_range("train.patience", self.patience, 1)
+        in_range("train.head_learning_rate", self.head_learning_rate, 0, open_low=True)
         if self.start_task is not None and self.start is None:
             raise UserError(f"train.start_task={self.start_task}: expected train.start too, a sweep's folder")
         if self.batch_size % self.accumulation:

@@ -54,11 +54,12 @@ def train_content(train: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a run's `train` section changes its result.
 
     Epochs say nothing when steps are given, and the size of evaluation batches changes no metric. The default optimizer
-    and the default execution go without saying, and so do no patience and no other run's adapter to start from:
-    sections written before there was a choice do not name them. Where that adapter lies changes nothing; identities
-    have its sha256.
+    and the default execution go without saying, and so do no patience, no rate of the head's own and no other run's
+    adapter to start from: sections written before there was a choice do not name them. Where such an adapter lies
+    changes nothing; identities have its sha256.
     """
-    unsaid = {"optimizer": DEFAULT_OPTIMIZER, "execution": DEFAULT_EXECUTION, "patience": None, "start_task": None}
+    unsaid: dict[str, str | None] = {"optimizer": DEFAULT_OPTIMIZER, "execution": DEFAULT_EXECUTION}
+    unsaid |= dict.fromkeys(("patience", "head_learning_rate", "start_task"))
     silent = ("eval_batch_size", "start")
     kept = {k: v for k, v in train.items() if k not in silent and (k not in unsaid or v != unsaid[k])}
     if kept.get("steps") is not None:
@@ -127,6 +128,8 @@ def profile_id(spec: RunSpec, cost_free: Iterable[str]) -> str:
     free = set(cost_free)
     train_keys = ("batch_size", "max_length", "precision", "accumulation", "checkpointing", "dropout")
     named = {k: v for k, v in train_content(spec.train).items() if k in ("optimizer", "execution")}
+    if spec.train.get("head_learning_rate") is not None:
+        named["rates"] = "head"  # kept for every parameter, whatever they are
     return digest(
         {
             "model": spec.model,

@@ -289,6 +289,10 @@ class Resolver:
             ("length", parts["model"][2], parts["method"][2], task.formulation, recipe["max_length"]),
             lambda: self._check_length(config, method, task.formulation, recipe["max_length"]),
         )
+        if train.head_learning_rate is not None and task.formulation != "head":
+            raise UserError(
+                f"train.head_learning_rate={train.head_learning_rate}: task {task_settings['name']} has no head here"
+            )
         start = None
         if train.start is not None:
             key = (train.start, train.start_task, parts["model"][2], parts["method"][2], task.num_tasks)

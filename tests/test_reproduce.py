@@ -209,6 +209,18 @@ def test_facts_that_are_not_stated_are_noted_but_do_not_decide():
     assert found(words, record()) == {"learning_rate": False, "epochs": False}
 
 
+def test_the_head_s_own_rate_is_compared_with_the_one_it_trains_at():
+    two = row(settings=row().settings | {"lr_head": 4e-3})
+    name = "learning rate of the head"
+    assert found(two, record()) == {name: True}
+    assert not found(two, record(**{"train.head_learning_rate": 4e-3}))
+    assert found(two, record(**{"train.head_learning_rate": 3e-3})) == {name: True}
+    rate = record().spec["train"]["learning_rate"]
+    assert not found(row(settings=row().settings | {"lr_head": rate}), record())
+    assert found(row(), record(**{"train.head_learning_rate": 4e-3})) == {name: False}
+    assert not found(row(), record(**{"train.head_learning_rate": rate}))
+
+
 def test_what_cannot_be_given_here_decides_and_what_is_not_compared_is_noted():
     extra = {"lr_head": 4e-3, "init_weights": "zero", "beam": 10, "variant": "d init 1.0", "rank_dropout": 0.1}
     assert found(row(settings=row().settings | extra), record()) == {

@@ -138,7 +138,6 @@ AIMED = {
 DECIDED = {
     # what the experiments' READMEs say is not the same
     "reproduce-lora-e2e": {"beams of generated texts", "label smoothing"},
-    "reproduce-vera": {"learning rate of the head"},
     "reproduce-houlsby": {"reported split"},
 }
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from peftbench import resolve
+from peftbench.errors import UserError
 from peftbench.progress import Quiet
 from peftbench.record import RunRecord, RunSpec
 from peftbench.run import run_pack
@@ -63,6 +65,34 @@ def lora_four(**given: Any) -> list[RunSpec]:
             method="lora", seed=seed, train__learning_rate=rate, method__alpha=alpha, method__rank=rank, **given
         )
     ]
+
+
+def head_rates(rates: list[float | None]) -> list[RunSpec]:
+    common = {"method": "lora", "method__rank": 2, "train__steps": 6, "train__learning_rate": 1e-3}
+    return [tiny(seed=0, train__head_learning_rate=rate, **common)[0] for rate in rates]
+
+
+def test_a_head_has_a_learning_rate_of_its_own_whoever_shares_the_pack(tmp_path: Path) -> None:
+    rates = [None, 1e-3, 1e-12, 1e-1]
+    pack = head_rates(rates)
+    same_traces(pack, tmp_path)
+    records = run_pack(pack, Store(tmp_path / "kept"), Quiet(), save_adapters=True)
+    losses = [record.trace["loss"] for record in records if record.trace]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[2] != pytest.approx(losses[0], rel=1e-4)
+    assert losses[3] != pytest.approx(losses[0], rel=1e-4)
+    heads, adapters = (
+        [load_file(Store(tmp_path / "kept").adapter(spec.run_id) / name) for spec in pack]
+        for name in ("head.safetensors", "adapter.safetensors")
+    )
+    assert float(heads[2]["out_bias"].abs().max()) < 1e-10  # biases start at zero
+    assert float(heads[0]["out_bias"].abs().max()) > 1e-4
+    assert all(tensor.abs().max() > 1e-4 for tensor in adapters[2].values())
+
+
+def test_a_head_s_rate_without_a_head_is_refused() -> None:
+    with pytest.raises(UserError, match=r"train\.head_learning_rate=0\.1: task tiny has no head"):
+        tiny(model="tiny-gpt2", task__formulation="text", train__head_learning_rate=0.1)
 
 
 def test_a_run_in_a_pack_gives_the_trace_it_gives_alone(tmp_path: Path) -> None:

@@ -25,11 +25,11 @@ METHOD_KEYS = {
 WORDS = {"RANDOM": "random", "SAMPLE_VOCAB": "vocabulary", "road_1": 1, "road_2": 2, "road_4": 4}
 """What sources write for values of settings → ours."""
 ELSEWHERE = {
-    "lr_head": ("learning rate of the head", "learning_rate"), "label_smoothing": ("label smoothing", None),
+    "lr_head": ("learning rate of the head", "head_learning_rate"), "label_smoothing": ("label smoothing", None),
     "beam": ("beams of generated texts", None), "data": ("training data", None),
     "train_examples": ("training rows", None),
 }  # fmt: skip
-"""Settings of sources that cannot be given here: their name, and the setting of training that stands for them."""
+"""Settings of sources that need not have a like here: their name, and the setting of training that stands for them."""
 SILENT = {
     "optimizer", "seed", "seeds", "autocast_adapter_dtype", "projection_prng_key", "save_projection", "token_dim",
     "num_layers", "num_attention_heads", "num_transformer_submodules", "feedforward_modules", "steps", "max_steps",
@@ -165,9 +165,12 @@ def _training(row: Value, spec: Mapping[str, Any], seeds: int) -> Iterator[Diffe
         if not any(name in settings for name in names):
             yield Difference(ours, "", str(train.get(ours)), decides=False)
     for theirs, (what, stands) in ELSEWHERE.items():
-        value, mine = settings.get(theirs), None if stands is None else train.get(stands)
+        value, mine = settings.get(theirs), None if stands is None else train.get(stands) or train.get("learning_rate")
         if value is not None and not same(value, mine):
             yield Difference(what, str(value), "none" if mine is None else str(mine))
+    own = train.get("head_learning_rate")
+    if own is not None and "lr_head" not in settings and not same(own, train.get("learning_rate")):
+        yield Difference("learning rate of the head", "", str(own), decides=False)
     known = {*METHOD_KEYS, *TRAIN_KEYS, *NOTED_KEYS, *ELSEWHERE, *SILENT, "lr_A"}
     for key in sorted(settings.keys() - known):
         yield Difference(key, str(settings[key]), "not compared", decides=False)
