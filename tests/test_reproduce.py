@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from peftbench import published
+from peftbench import environment, published
 from peftbench.__main__ import main
 from peftbench.errors import UserError
 from peftbench.published import Here, Metric, Paper, Protocol, Value
@@ -435,8 +435,11 @@ def test_run_says_what_it_costs_and_trains(tmp_path, monkeypatch, capsys):
     grid = "model: tiny-bert, method: lora, task: tiny, train.steps: 1, train.batch_size: 2, profile: skip"
     (folder / "experiment.yaml").write_text(f"grids:\n- {{{grid}}}\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(environment, "pick_device", lambda device: "cpu")
     assert main(["reproduce", "minilm", "--run"]) == 0
-    assert "reproduce-minilm: 1 runs, 1 steps" in capsys.readouterr().err
+    cost, note, *_ = capsys.readouterr().err.splitlines()
+    assert cost.startswith("reproduce-minilm: 1 runs, 1 steps")
+    assert note.startswith("no GPU here: it trains on the CPU")
     assert len(list((tmp_path / "results" / "reproduce-minilm" / "runs").glob("*.json"))) == 1
 
 

@@ -147,6 +147,7 @@ def _print(table: Any, plain: list[dict[str, Any]], form: str, after: str = "", 
 
 
 def _run(names: list[str], run: bool, rate: float | None, form: str) -> int:
+    from peftbench import environment
     from peftbench.reproduce import budget
 
     if len(names) != 1:
@@ -160,6 +161,8 @@ def _run(names: list[str], run: bool, rate: float | None, form: str) -> int:
         print(line, file=sys.stderr if run else sys.stdout, flush=True)
     if not run:
         return 0
+    if environment.pick_device("auto") == "cpu":
+        print("no GPU here: it trains on the CPU, which takes far longer than that", file=sys.stderr, flush=True)
     from peftbench.cli.sweep import sweep
 
     kept = ["save_adapters=true"] if budget.starts_others(experiment) else []
