@@ -360,6 +360,8 @@ def test_packing_says_what_its_records_say(tmp_path: Path) -> None:
     said = paper.values.found
     assert said["packing-wall/rte/packed/rate"] == f"{3600 * 16 / 40:.0f}"
     assert said["packing-wall/rte/packed/over-hf"] == f"{packing.whole_seconds(PEER) / 40:.1f}"
+    both = [f"{packing.whole_seconds(PEER) / wall:.1f}" for wall in (50, 40)]  # no call's ratio is left out
+    assert said["packing-wall/rte/every-over-hf"] == " and ".join(both)
     assert said["packing-wall/rte/1/rate"] is None
     assert said["packing-wall/smollm2/packed/over-hf"] is None
     assert said["packing-curve/most"] == "4.0"

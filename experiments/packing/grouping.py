@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import optimizer
@@ -94,22 +94,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Measure (or read), print the table and return the records."""
     options = parse(arguments)
-    if options.table:
-        records = [r for r in common.read(options.table) if r.get("comparison") == "packing-grouping"]
-    else:
-        device = common.pick_device(options.device)
-        origin = {**common.header("packing-grouping", device), "model": options.model, "length": options.length}
-        ways = options.execution.split(",") if options.execution else ["eager", *["graphs"] * (device.type == "cuda")]
-        records = []
+
+    def found(execution: str) -> Iterator[dict[str, Any]]:
         for name in options.cases:
-            for execution in ways:
-                found = measure(CASES[name], execution, options)
-                record = {**origin, "case": name, "execution": execution, **found}
-                common.append(options.out, [record])
-                records.append(record)
-    print(f"{records[0]['device']}, {records[0]['model']} (random weights), {records[0]['date'][:10]}")
-    print(report(records))
-    return records
+            yield {"case": name, **measure(CASES[name], execution, options)}
+
+    return optimizer.kept("packing-grouping", options, found, report)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -148,7 +149,7 @@ def steps(assembly: Assembly, execution: str, options: argparse.Namespace, devic
         for _ in range(WARMUP):
             make(batch())
         batches = [batch() for _ in range(options.calls)]
-        samples = [clock.seconds(lambda b=b: make(b)) for b in batches]  # type: ignore[misc]
+        samples = [clock.seconds(partial(make, one)) for one in batches]
         if make.execution != execution:
             raise RuntimeError(f"steps ran {make.execution}")
     whole, turn = (statistics.median(values) for values in zip(*samples, strict=True))
@@ -197,21 +198,34 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Measure (or read), print the table and return the records."""
     options = parse(arguments)
+
+    def found(execution: str) -> Iterator[dict[str, Any]]:
+        for name in options.optimizer.split(","):
+            chosen = argparse.Namespace(**{**vars(options), "optimizer": name})
+            for case in options.cases.split(","):
+                yield {"case": case, "optimizer": name, **measure(CASES[case], execution, chosen)}
+
+    return kept("packing-optimizer", options, found, report)
+
+
+def kept(
+    comparison: str,
+    options: argparse.Namespace,
+    found: Callable[[str], Iterable[dict[str, Any]]],
+    report: Callable[[Sequence[Mapping[str, Any]]], str],
+) -> list[dict[str, Any]]:
+    """Measure each way of running steps (or read), keep a record of each finding at once, print and return them."""
     if options.table:
-        records = [r for r in common.read(options.table) if r.get("comparison") == "packing-optimizer"]
+        records = [r for r in common.read(options.table) if r.get("comparison") == comparison]
     else:
         device = common.pick_device(options.device)
-        origin = {**common.header("packing-optimizer", device), "model": options.model, "length": options.length}
+        origin = {**common.header(comparison, device), "model": options.model, "length": options.length}
         ways = options.execution.split(",") if options.execution else ["eager", *["graphs"] * (device.type == "cuda")]
         records = []
-        for optimizer in options.optimizer.split(","):
-            for case in options.cases.split(","):
-                for execution in ways:
-                    chosen = argparse.Namespace(**{**vars(options), "optimizer": optimizer})
-                    found = measure(CASES[case], execution, chosen)
-                    record = {**origin, "case": case, "execution": execution, "optimizer": optimizer, **found}
-                    common.append(options.out, [record])
-                    records.append(record)
+        for execution in ways:
+            for finding in found(execution):
+                records.append({**origin, "execution": execution, **finding})
+                common.append(options.out, records[-1:])
     print(f"{records[0]['device']}, {records[0]['model']} (random weights), {records[0]['date'][:10]}")
     print(report(records))
     return records

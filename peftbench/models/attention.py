@@ -34,9 +34,8 @@ PREFIX = "_peftbench_prefix"
 SHORT = 128
 """Keys up to which masked attention on a GPU is left to the kernel that needs no plan.
 
-cuDNN's, which PyTorch takes first on newer GPUs, plans every new shape for about a second. Measured on an H100 (bf16,
-12 heads of 32, dropout, forward and backward, 512 rows): the other one takes 0.4 against 0.6 ms at 64 keys and 1.4
-against 0.8 at 128, so that a plan pays off after some hundred steps at one length, on small batches not at all.
+cuDNN's, which PyTorch takes first on newer GPUs, plans every new shape for about a second. At 64 keys its steps were
+slower too, at 128 they were faster with dropout (seen once on an H100, no record): long training at that length pays.
 """
 UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
 

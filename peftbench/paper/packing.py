@@ -77,6 +77,20 @@ def arms(records: Sequence[Record]) -> dict[str, dict[str, Record]]:
     return found
 
 
+def over_peer(records: Sequence[Record], case: str) -> list[float]:
+    """Return how many times the Trainer's runs an hour the largest pack made, of every call that has both, by date."""
+    calls: dict[tuple[str, str], dict[str, Record]] = {}
+    for record in sorted(records, key=lambda r: str(r["date"])):
+        if record.get("comparison") == "packing-wall" and record["case"] == case and record["status"] == "completed":
+            calls.setdefault((str(record["date"]), str(record["command"])), {})[record["arm"]] = record
+    ratios = []
+    for one in calls.values():
+        sizes = [int(arm) for arm in one if arm.isdigit() and arm != "1"]
+        if sizes and "hf" in one:
+            ratios.append(whole_seconds(one["hf"]) / whole_seconds(one[str(max(sizes))]))
+    return ratios
+
+
 def ordered(one: Mapping[str, Record]) -> list[str]:
     """Return the arms of a case, those that go one run at a time first."""
     return [*(arm for arm in ALONE if arm in one), *sorted(set(one) - {*ALONE, "packed"})]
@@ -92,6 +106,9 @@ def put_wall(source: Source, values: Values) -> dict[str, Sheet]:
         rates = {arm: 3600 * r["runs"] / whole_seconds(r) for arm, r in one.items()}
         for arm in ARMS:
             _wall(f"{source.name}/{case}/{arm}", arm, one, rates, values)
+        ratios = over_peer(records, case)
+        every = " and ".join(f"{ratio:.1f}" for ratio in ratios) or None
+        values.put(f"{source.name}/{case}/every-over-hf", every)
         shown = ordered(one)
         rows += [None] if rows and shown else []
         rows += [_wall_line(title, arm, one[arm], rates) for arm in shown]
