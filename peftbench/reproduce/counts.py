@@ -1,8 +1,9 @@
 """Reported parameter counts, rebuilt from shapes alone: this collection's closed forms on meta models.
 
 A row is *equal* when the closed form gives the reported number, *explained* when named rules (`RULES`) give the rest to
-the parameter, and *differs* when no rule does. What cannot be rebuilt says why. A number that a paper prints rounded is
-equal when the closed form rounds to the same digits.
+the parameter, *inconsistent* when no model of its width can have that number, and *differs* when no rule gives it
+although one could. What cannot be rebuilt says why. A number that a paper prints rounded is equal when the closed form
+rounds to the same digits.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from peftbench.errors import UserError
 from peftbench.models.roles import Site, linear_sites
 from peftbench.published import Count
 from peftbench.reproduce import shapes
+from peftbench.reproduce.verdicts import DIFFERS, EXACT, NOT_RUN
 
 RULES = {
     "head": "the task's head trains and is counted",
@@ -50,6 +52,10 @@ RULES = {
 """What sources count differently, by name."""
 
 
+VERDICT = {"equal": EXACT, "explained": EXACT, "differs": DIFFERS, "inconsistent": DIFFERS, "not here": NOT_RUN}
+"""What a count can be → its verdict."""
+
+
 class NotHere(Exception):
     """Why a row cannot be rebuilt."""
 
@@ -59,7 +65,7 @@ class Rebuilt:
     """One reported count beside the closed form.
 
     Attributes:
-        status: "equal", "explained", "differs" or "not here".
+        status: a key of `VERDICT`.
         ours: what the closed form gives for the adapter.
         terms: (rule, parameters it adds) in the order of application.
         found: `ours` with all terms added: what is compared with the reported number.
@@ -92,7 +98,7 @@ class Rebuilt:
                 "total": self.total,
                 "rules": dict((*self.terms, *self.total_terms)),
             },
-            "verdict": {"equal": "exact", "explained": "exact", "differs": "differs"}.get(self.status, "not run here"),
+            "verdict": VERDICT[self.status],
             "status": self.status,
             "record": None if self.ours is None else f"closed form on {self.count.model}",
             "why": self.why,
@@ -350,8 +356,22 @@ def rebuild(row: Count) -> Rebuilt:
             status = "explained" if terms or named else "equal"
             return Rebuilt(row, status, work.adapter, tuple(terms), found, total, named)
     total = shapes.total(work.model) + sum(n for _, n in next(_totals(work, terms)))
-    why = f"trained parameters equal; all parameters {total - row.total:+,}, which no rule here explains"
-    return Rebuilt(row, "differs", work.adapter, tuple(terms), found, total, why=why)
+    status, why = "differs", f"trained parameters equal; all parameters {total - row.total:+,}, which no rule explains"
+    if width := _left_over(work, row.total):
+        whole, rest = divmod(row.total, width)
+        status = "inconsistent"
+        why = (
+            f"{row.total:,} in all cannot be: whatever the vocabulary and the depth, every tensor and the adapter hold "
+            f"a multiple of the width {width}, and that is {whole:,} × {width} + {rest}; with these settings {total:,}"
+        )
+    return Rebuilt(row, status, work.adapter, tuple(terms), found, total, why=why)
+
+
+def _left_over(work: _Work, total: int) -> int:
+    """Return the model's width if all its tensors and the adapter are multiples of it and `total` is not; else 0."""
+    width = int(getattr(work.model.config, "hidden_size", 0))
+    counted = (work.adapter, *(p.numel() for p in work.model.parameters()))
+    return width if width and total % width and not any(n % width for n in counted) else 0
 
 
 def _other_trained(work: _Work) -> Iterator[tuple[str, int]]:
@@ -481,6 +501,6 @@ def rebuild_all(names: list[str] | None = None) -> list[Rebuilt]:
     return [rebuild(row) for row in rows.values()]
 
 
-def tally(found: list[Rebuilt]) -> Mapping[str, int]:
+def tally(found: Sequence[Rebuilt]) -> Mapping[str, int]:
     """Return status → rows."""
-    return {s: sum(r.status == s for r in found) for s in ("equal", "explained", "differs", "not here")}
+    return {s: sum(r.status == s for r in found) for s in VERDICT}

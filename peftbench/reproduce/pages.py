@@ -187,14 +187,15 @@ def claims_table(
 
 def counts_table(found: Sequence[Rebuilt]) -> Table:
     """Return rebuilt counts as a table."""
+    from peftbench.reproduce.counts import tally  # loads torch
+
     rows = []
     for r in found:
         theirs = r.count.printed or f"{r.count.trainable:,}"
         ours = MISSING if r.ours is None else f"{r.ours:,}"
         rules = " ".join(f"{rule} ({n:+,})" if n else rule for rule, n in (*r.terms, *r.total_terms))
         rows.append([r.count.id, theirs, ours, r.status, rules or MISSING, r.why or MISSING])
-    counted = Counter(r.status for r in found)
-    summary = ", ".join(f"{counted[s]} {s}" for s in ("equal", "explained", "differs", "not here") if counted[s])
+    summary = ", ".join(f"{n} {status}" for status, n in tally(found).items() if n)
     headers = ["row", "published", "closed form", "verdict", "rules", "why"]
     raw = pd.DataFrame([r.to_dict() for r in found])
     return Table("counts", "Parameter counts", headers, rows, raw, 6, [f"{len(found)}: {summary}"])
