@@ -138,7 +138,8 @@ def free(device: torch.device) -> None:
 def _configured(model: nn.Module, setting: Setting) -> Iterator[None]:
     """Set dropout, attention and checkpointing on the base for the context."""
     with ExitStack() as undo:
-        undo.callback(set_dropout(model, setting.train.dropout))
+        own = setting.train.base_dropout
+        undo.callback(set_dropout(model, setting.train.dropout if own is None else own))
         if roles.supports_attention_interface(model):
             configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
             for config in configs.values():
@@ -216,14 +217,16 @@ def assembled(setting: Setting, backbone: Backbone | None = None) -> Iterator[As
                         if isinstance(module, RunDropout):
                             module.set(setting.train.dropout)
             head = None
+            smoothing = [c.label_smoothing for c in setting.configs]
             objective: objectives.Objective
             if setting.task.formulation == "head":
                 head = _head(setting, backbone, seeds)
                 objective = objectives.HeadObjective(
-                    model, adapter, head, backbone.config.pooling, setting.task.task_classes
+                    model, adapter, head, backbone.config.pooling, setting.task.task_classes, smoothing=smoothing
                 )
             else:
-                objective = objectives.TextObjective(model, adapter, len(seeds), seq2seq=backbone.kind == "seq2seq")
+                seq2seq = backbone.kind == "seq2seq"
+                objective = objectives.TextObjective(model, adapter, len(seeds), seq2seq=seq2seq, smoothing=smoothing)
             with compiled_layers(model) if setting.train.execution.startswith("compiled") else nullcontext():
                 yield Assembly(setting, backbone, adapter, objective, head)
         finally:

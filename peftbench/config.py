@@ -100,6 +100,8 @@ class ModelConfig:
 class TrainConfig:
     """One recipe; `steps` overrides `epochs`, None as learning rate or length takes the method's or the task's.
 
+    `label_smoothing`: the share of each label that is spread over all classes (all tokens of the vocabulary), in
+    training alone. `base_dropout`: every dropout of the base; None: `dropout`, which is that of the adapter too.
     `patience`: evaluations without a better primary metric after which a run stops; None: it never does.
     `head_learning_rate`: that of the task head; None: that of everything else.
     `start`: the folder of an adapter, or of a sweep with adapters on `start_task`, whose weights a run starts from.
@@ -122,6 +124,8 @@ class TrainConfig:
     precision: str = "fp32"
     execution: str = "eager"
     dropout: float | None = None
+    base_dropout: float | None = None
+    label_smoothing: float = 0.0
     accumulation: int = 1
     checkpointing: bool = False
     evaluate_every: int | None = None
@@ -148,6 +152,8 @@ class TrainConfig:
         one_of("train.precision", self.precision, PRECISIONS)
         one_of("train.execution", self.execution, EXECUTIONS)
         in_range("train.dropout", self.dropout, 0, 1, open_high=True)
+        in_range("train.base_dropout", self.base_dropout, 0, 1, open_high=True)
+        in_range("train.label_smoothing", self.label_smoothing, 0, 1, open_high=True)
         in_range("train.accumulation", self.accumulation, 1)
         in_range("train.evaluate_every", self.evaluate_every, 1)
         in_range("train.patience", self.patience, 1)

@@ -25,7 +25,7 @@ from peftbench.config import TrainConfig, build
 from peftbench.cost import fixed_batch, trial_on
 from peftbench.engine.batches import TokenTable, make_buckets
 from peftbench.profiling.timing import time_steps
-from peftbench.record import RunSpec, canonical, digest, profile_id
+from peftbench.record import RunSpec, canonical, digest, profile_id, task_content
 from peftbench.store import Store
 from peftbench.tasks.base import Encoded
 
@@ -212,7 +212,7 @@ def packing_id(members: Sequence[RunSpec]) -> str:
     return digest(
         {
             "costs": sorted(costs),
-            "task": first.task,
+            "task": task_content(first.task),
             "data": first.identity.get("data"),
             "protocol": first.protocol,
             "versions": _versions(),

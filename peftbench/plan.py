@@ -19,7 +19,7 @@ RUN_KEYS = ("seed", "protocol")
 LENGTHS = ("steps", "epochs", "patience")
 """What decides when a run ends."""
 ADAMW = ("learning_rate", "weight_decay", "clip_norm", "warmup", "schedule", "beta1", "beta2", "epsilon")
-PER_RUN_TRAIN = (*ADAMW, *LENGTHS, "head_learning_rate", "start", "start_task")
+PER_RUN_TRAIN = (*ADAMW, *LENGTHS, "label_smoothing", "head_learning_rate", "start", "start_task")
 """What may differ between the runs of a pack besides the seed and the method's own free settings."""
 QUEUE = 4
 """Runs of unequal length that are given to one pack, for each of its places."""

@@ -48,23 +48,36 @@ def file_name(name: str) -> str:
 
 DEFAULT_OPTIMIZER = "adamw"
 DEFAULT_EXECUTION = "eager"
+TASK_DEFAULTS: dict[str, Any] = {
+    "beams": 1,
+    "length_penalty": 1.0,
+    "no_repeat_ngram": 0,
+    "no_repeat_within": "text",
+    "layout": "lines",
+}
+"""Settings of tasks that go without saying in identities."""
 
 
 def train_content(train: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a run's `train` section changes its result.
 
     Epochs say nothing when steps are given, and the size of evaluation batches changes no metric. The default optimizer
-    and the default execution go without saying, and so do no patience, no rate of the head's own and no other run's
-    adapter to start from: sections written before there was a choice do not name them. Where such an adapter lies
-    changes nothing; identities have its sha256.
+    and the default execution go without saying, and so do no smoothing of labels, no patience, no rate of the head's
+    own, no dropout of the base's own and no other run's adapter to start from: sections written before there was a
+    choice do not name them. Where such an adapter lies changes nothing; identities have its sha256.
     """
-    unsaid: dict[str, str | None] = {"optimizer": DEFAULT_OPTIMIZER, "execution": DEFAULT_EXECUTION}
-    unsaid |= dict.fromkeys(("patience", "head_learning_rate", "start_task"))
+    unsaid: dict[str, Any] = {"optimizer": DEFAULT_OPTIMIZER, "execution": DEFAULT_EXECUTION, "label_smoothing": 0.0}
+    unsaid |= dict.fromkeys(("patience", "head_learning_rate", "base_dropout", "start_task"))
     silent = ("eval_batch_size", "start")
     kept = {k: v for k, v in train.items() if k not in silent and (k not in unsaid or v != unsaid[k])}
     if kept.get("steps") is not None:
         kept.pop("epochs", None)
     return kept
+
+
+def task_content(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a run's `task` section changes its result; what was so before there was a choice is left out."""
+    return {k: v for k, v in task.items() if k not in TASK_DEFAULTS or v != TASK_DEFAULTS[k]}
 
 
 @dataclass(frozen=True)
@@ -92,7 +105,7 @@ class RunSpec:
         return {
             "model": self.model,
             "method": self.method,
-            "task": self.task,
+            "task": task_content(self.task),
             "train": train_content(self.train),
             "seed": self.seed,
             "protocol": self.protocol,
@@ -130,6 +143,10 @@ def profile_id(spec: RunSpec, cost_free: Iterable[str]) -> str:
     named = {k: v for k, v in train_content(spec.train).items() if k in ("optimizer", "execution")}
     if spec.train.get("head_learning_rate") is not None:
         named["rates"] = "head"  # kept for every parameter, whatever they are
+    if spec.train.get("label_smoothing"):
+        named["labels"] = "smoothed"
+    if spec.train.get("base_dropout") is not None:
+        named["base_dropout"] = spec.train["base_dropout"]
     return digest(
         {
             "model": spec.model,

@@ -293,6 +293,11 @@ class Resolver:
             raise UserError(
                 f"train.head_learning_rate={train.head_learning_rate}: task {task_settings['name']} has no head here"
             )
+        if train.label_smoothing and task.formulation == "head" and task.num_labels == 1:
+            raise UserError(
+                f"train.label_smoothing={train.label_smoothing:g}: task {task_settings['name']} is a regression, "
+                "which has no classes; expected 0"
+            )
         start = None
         if train.start is not None:
             key = (train.start, train.start_task, parts["model"][2], parts["method"][2], task.num_tasks)

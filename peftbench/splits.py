@@ -34,7 +34,9 @@ def split(assembly: Assembly, rows: list[dict[str, Any]]) -> Split:
     pad = pad_id(tokenizer)
     encode = (rows, tokenizer, setting.max_length, backbone.kind)
     runs, wanted = len(setting.specs), setting.train.eval_batch_size
-    items = max(1, min(wanted, EVALUATION_ROWS // runs) if setting.device.type == "cuda" else wanted // runs)
+    beams = task.decoding.beams
+    items = min(wanted, EVALUATION_ROWS // runs) if setting.device.type == "cuda" else wanted // runs
+    items = max(1, items // beams)
     common = {"items": items, "max_length": setting.max_length, "autocast": setting.autocast}
     if isinstance(assembly.objective, objectives.HeadObjective):
         table = TokenTable(task.encode(*encode), pad, setting.device)
@@ -50,6 +52,7 @@ def split(assembly: Assembly, rows: list[dict[str, Any]]) -> Split:
         evaluator = evaluation.GenerationEvaluator(
             objective,
             lambda ids: task.parse(tokenizer.decode(ids, skip_special_tokens=True)),
+            task.decoding,
             task.max_new_tokens,
             tokenizer.eos_token_id,
             pad,

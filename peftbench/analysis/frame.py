@@ -18,7 +18,7 @@ import pandas as pd
 from peftbench.analysis.human import number
 from peftbench.analysis.statistics import gap, mean, std, summarize
 from peftbench.errors import UserError
-from peftbench.record import train_content
+from peftbench.record import task_content, train_content
 
 Record = Mapping[str, Any]
 STATUSES = ("completed", "diverged", "out_of_memory", "failed")
@@ -111,6 +111,7 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def content(spec: Mapping[str, Any]) -> dict[str, Any]:
     """What the run id hashes, less the seed: equal for all seeds of one configuration (see `RunSpec.content`)."""
     kept = {key: spec.get(key) for key in ("model", "method", "task", "protocol", "identity")}
+    kept["task"] = task_content(kept["task"] or {})
     return {**kept, "train": train_content(spec.get("train") or {})}
 
 

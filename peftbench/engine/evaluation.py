@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from peftbench.engine.batches import TokenTable, evaluation_batches
+from peftbench.engine.generation import generate
 from peftbench.engine.objectives import HeadObjective, TextObjective
+from peftbench.tasks.base import Decoding
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -98,12 +100,18 @@ class ChoiceEvaluator(LossEvaluator):
 
 
 class GenerationEvaluator(Evaluator):
-    """Greedily generated answers, cut at the end token and parsed by the task."""
+    """Generated answers, cut at the end token and parsed by the task.
+
+    Args:
+        decode: makes a prediction of an answer's tokens.
+        decoding: how answers are generated.
+    """
 
     def __init__(
         self,
         objective: TextObjective,
         decode: Callable[[list[int]], Any],
+        decoding: Decoding,
         max_new_tokens: int,
         end_id: int,
         pad_id: int,
@@ -113,11 +121,14 @@ class GenerationEvaluator(Evaluator):
         super().__init__(*args, **kwargs)
         self.objective = objective
         self.decode = decode
+        self.decoding = decoding
         self.max_new_tokens = max_new_tokens
         self.end_id = end_id
         self.pad_id = pad_id
 
     def _generate(self, batch: dict[str, Tensor]) -> Tensor:
+        if self.decoding != Decoding():
+            return generate(self.objective, batch, self.decoding, self.max_new_tokens, self.end_id)
         model: Any = self.objective.model
         self.objective.condition(batch)
         tokens = model.generate(

@@ -2,6 +2,9 @@
 
 Losses come as sums and are divided by each run's own count of items (or answer tokens) in the *whole* step, so that
 gradient accumulation changes nothing. Nothing here waits for the device.
+
+Label smoothing ε (Szegedy et al. 2016, arXiv:1512.00567, section 7) takes the target (1 - ε) onehot(y) + ε / C over C
+classes: with logits z the loss is the plain one plus ε (z_y - mean_c z_c). Each run has its own ε; evaluation has none.
 """
 
 from __future__ import annotations
@@ -42,10 +45,14 @@ class Adapter(Protocol):
 class Objective(ABC):
     """Loss per run and predictions of a pack of `runs` on `model`, whose rows come run by run."""
 
-    def __init__(self, model: nn.Module, runs: int, adapter: Adapter) -> None:
+    def __init__(self, model: nn.Module, runs: int, adapter: Adapter, smoothing: Sequence[float] = ()) -> None:
         self.model = model
         self.runs = runs
         self.adapter = adapter
+        self.smoothing: Tensor | None = None
+        """Each run's label smoothing [R]; None: no run has any."""
+        if any(smoothing):
+            self.smoothing = torch.tensor(list(smoothing), device=next(model.parameters()).device)
 
     @abstractmethod
     def count(self, batch: dict[str, Tensor]) -> Tensor:
@@ -82,8 +89,9 @@ class HeadObjective(Objective):
         head: PackedHead,
         pooling: str,
         classes: Sequence[range] | None = None,
+        smoothing: Sequence[float] = (),
     ) -> None:
-        super().__init__(model, head.runs, adapter)
+        super().__init__(model, head.runs, adapter, smoothing)
         self.head = head
         self.pooling = pooling
         self._others: Tensor | None = None
@@ -122,7 +130,18 @@ class HeadObjective(Objective):
         if outputs.shape[-1] == 1:
             return (outputs.squeeze(-1) - targets.float()).square().sum(dim=1)
         losses = nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
-        return losses.reshape(self.runs, -1).sum(dim=1)
+        losses = losses.reshape(self.runs, -1)
+        if self.smoothing is not None:
+            losses = losses + self.smoothing[:, None] * self._above_mean(outputs, targets, batch)
+        return losses.sum(dim=1)
+
+    def _above_mean(self, outputs: Tensor, targets: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Return by how much the target's output exceeds the mean over the row's own classes, [R, B]."""
+        own = outputs.gather(-1, targets[..., None])[..., 0]
+        if self._others is None:
+            return own - outputs.mean(dim=-1)
+        others = self._others[batch["task_ids"]].reshape(outputs.shape)
+        return own - outputs.masked_fill(others, 0).sum(dim=-1) / others.logical_not().sum(dim=-1)
 
 
 LOGITS_BYTES = 2**27
@@ -132,8 +151,10 @@ LOGITS_BYTES = 2**27
 class TextObjective(Objective):
     """Cross-entropy on answer tokens only; prompts and padding carry the label −100."""
 
-    def __init__(self, model: nn.Module, adapter: Adapter, runs: int, *, seq2seq: bool) -> None:
-        super().__init__(model, runs, adapter)
+    def __init__(
+        self, model: nn.Module, adapter: Adapter, runs: int, *, seq2seq: bool, smoothing: Sequence[float] = ()
+    ) -> None:
+        super().__init__(model, runs, adapter, smoothing)
         self.seq2seq = seq2seq
         self._needs_logits = False
         """Whether the model has been seen to do something to its logits."""
@@ -147,10 +168,14 @@ class TextObjective(Objective):
         return self._losses(batch, None)
 
     def loss_sum(self, batch: dict[str, Tensor]) -> Tensor:
-        return self._losses(batch, self.runs)
+        return self._losses(batch, self.runs, self.smoothing)
 
-    def _losses(self, batch: dict[str, Tensor], groups: int | None) -> Tensor:
-        """Return losses label by label [rows, T], or their sums over `groups` equal parts of the rows [G]."""
+    def _losses(self, batch: dict[str, Tensor], groups: int | None, smoothing: Tensor | None = None) -> Tensor:
+        """Return losses label by label [rows, T], or their sums over `groups` equal parts of the rows [G].
+
+        Args:
+            smoothing: [G].
+        """
         self.condition(batch)
         inputs: dict[str, Any] = {k: batch[k] for k in MODEL_INPUTS if k in batch} | {"use_cache": False}
         if self.seq2seq:
@@ -162,17 +187,20 @@ class TextObjective(Objective):
         layer = self._output_layer(labels, groups)
         states = None if layer is None else hidden_states(self.model, layer, inputs)
         if layer is not None and states is not None:
-            flat = linear_cross_entropy(states.flatten(0, 1), layer.weight, labels.flatten(), layer.bias, groups=groups)
+            flat = linear_cross_entropy(
+                states.flatten(0, 1), layer.weight, labels.flatten(), layer.bias, groups=groups, smoothing=smoothing
+            )
             if groups is not None:
                 return flat
         else:
             if layer is not None:
                 self._needs_logits = True
                 logger.warning("%s changes its logits: all are held at once", type(self.model).__name__)
-            logits = self.model(**inputs).logits
-            flat = nn.functional.cross_entropy(
-                logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
-            )
+            logits = self.model(**inputs).logits.float().flatten(0, 1)
+            flat = nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="none")
+            if smoothing is not None:
+                rates = smoothing.repeat_interleave(labels.numel() // len(smoothing))
+                flat = flat + rates * _above_mean(logits, labels.flatten())
         losses = flat.reshape(labels.shape)
         losses = losses if self.seq2seq else losses[:, :-1]
         return losses if groups is None else losses.reshape(groups, -1).sum(dim=1)
@@ -184,3 +212,10 @@ class TextObjective(Objective):
             return None
         # the gradient of a weight that trains is made for one factor on all losses
         return None if layer.weight.requires_grad and torch.is_grad_enabled() and groups != 1 else layer
+
+
+def _above_mean(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return by how much the label's logit exceeds the mean of all [n], 0 where there is no label."""
+    counts = labels != -100
+    own = logits.gather(1, labels.where(counts, 0)[:, None])[:, 0]
+    return (own - logits.mean(dim=1)).where(counts, 0)

@@ -7,6 +7,10 @@ the backward pass is as large as the hidden states and, where W trains, as W: ne
 Computing the gradient beside the loss is the idea of Wijmans et al. 2024 (arXiv:2411.09009, section 4), which goes on
 to keep even single logits in on-chip memory; here every product stays an ordinary matrix product.
 
+With label smoothing ε the target is (1 - ε) onehot(y) + ε / V, and all that changes is linear in h:
+
+    loss_n += ε d_n · h_n + ε (b_y - mean_v b_v),    ∂loss_n/∂h_n += ε d_n,    d_n = W_{y_n} - mean_v W_v
+
 Logits and their gradient are kept in the dtype of the product (under autocast: autocast's); sums, exponentials and
 losses are fp32. Shape letters: rows N, width D, vocabulary V, groups G.
 """
@@ -43,6 +47,7 @@ def linear_cross_entropy(
     *,
     groups: int | None = None,
     chunk: int | None = None,
+    smoothing: Tensor | None = None,
 ) -> Tensor:
     """Return each row's loss [N], or with `groups` the sums [G] over G equal parts of the rows in order; in fp32.
 
@@ -57,19 +62,23 @@ def linear_cross_entropy(
         bias: [V], frozen.
         groups: G; N is a multiple of it.
         chunk: rows at a time; by default about `CHUNK_BYTES` of logits.
+        smoothing: each group's label smoothing [G]; None: none.
 
     Raises:
-        ValueError: a weight that trains with `groups` other than 1, a bias that trains, or rows that do not divide.
+        ValueError: a weight that trains with `groups` other than 1, a bias that trains, rows that do not divide, or
+            `smoothing` without groups.
     """
     if groups is not None and len(labels) % groups:
         raise ValueError(f"groups={groups}: expected a divisor of the {len(labels)} rows")
+    if smoothing is not None and len(smoothing) != groups:
+        raise ValueError(f"smoothing: expected one number for each of groups={groups}, not {len(smoothing)}")
     if not torch.is_grad_enabled():
-        return _summed(_pass(hidden, weight, labels, bias, chunk, False, False)[0], groups)
+        return _summed(_pass(hidden, weight, labels, bias, chunk, smoothing, False, False)[0], groups)
     if bias is not None and bias.requires_grad:
         raise ValueError("bias: expected one that does not train")
     if weight.requires_grad and groups != 1:
         raise ValueError(f"groups={groups}: expected 1 where the weight trains")
-    result: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, bias, groups, chunk)  # type: ignore[no-untyped-call]
+    result: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, bias, groups, chunk, smoothing)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -90,9 +99,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         groups: int | None,
         chunk: int | None,
+        smoothing: Tensor | None,
     ) -> Tensor:
         wanted = ctx.needs_input_grad
-        losses, *ctx.gradients = _pass(hidden, weight, labels, bias, chunk, wanted[0], wanted[1])
+        losses, *ctx.gradients = _pass(hidden, weight, labels, bias, chunk, smoothing, wanted[0], wanted[1])
         ctx.groups, ctx.dtypes = groups, (hidden.dtype, weight.dtype)
         return _summed(losses, groups)
 
@@ -110,7 +120,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             of_hidden = torch.mul(of_hidden, rows[:, None], out=out)
         if of_weight is not None:
             of_weight = of_weight.mul_(upstream[0]).to(ctx.dtypes[1])
-        return of_hidden, of_weight, None, None, None, None
+        return of_hidden, of_weight, None, None, None, None, None
 
 
 def _summed(losses: Tensor, groups: int | None) -> Tensor:
@@ -123,6 +133,7 @@ def _pass(
     labels: Tensor,
     bias: Tensor | None,
     chunk: int | None,
+    smoothing: Tensor | None,
     hidden_trains: bool,
     weight_trains: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -142,6 +153,7 @@ def _pass(
     with torch.no_grad(), torch.autocast(kind, enabled=False) if known else nullcontext():
         matrix = weight.to(dtype)
         offset = None if bias is None else bias.to(dtype)
+        smoothed = None if smoothing is None else _Smoothing(smoothing, weight, bias, labels)
         for start in range(0, rows, chunk):
             part = slice(start, min(start + chunk, rows))
             states = hidden[part].to(dtype)
@@ -155,6 +167,8 @@ def _pass(
                 torch.mm(logits, matrix, out=of_hidden[part])
             if of_weight is not None:
                 _add_product_(of_weight, logits, states)
+            if smoothed is not None:
+                smoothed.add_(part, states, losses, of_hidden, of_weight)
     return losses, of_hidden, of_weight
 
 
@@ -168,6 +182,34 @@ def _add_product_(total: Tensor, gradient: Tensor, states: Tensor) -> None:
     block = max(CHUNK_BYTES // 4 // (states.shape[1] * states.element_size()), 1)
     for start in range(0, len(total), block):
         total[start : start + block] += gradient[:, start : start + block].t() @ states
+
+
+class _Smoothing:
+    """What label smoothing adds, chunk by chunk: to losses [N] and to the gradients by hidden states and weight."""
+
+    def __init__(self, smoothing: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
+        self._weight, self._bias = weight, bias
+        self._mean = weight.mean(dim=0, dtype=torch.float32)
+        self._counts = labels != IGNORED
+        self._chosen = labels.where(self._counts, 0)
+        self._rates = smoothing.float().repeat_interleave(len(labels) // len(smoothing)).where(self._counts, 0)
+
+    def add_(
+        self, part: slice, states: Tensor, losses: Tensor, of_hidden: Tensor | None, of_weight: Tensor | None
+    ) -> None:
+        """Add to the rows in `part`, whose hidden states are `states` [n, D]."""
+        chosen, rates = self._chosen[part], self._rates[part, None]
+        states = states.float().where(self._counts[part, None], 0)  # what is ignored may hold anything
+        rise = rates * (self._weight[chosen].float() - self._mean)
+        losses[part] += (states * rise).sum(dim=1)
+        if self._bias is not None:
+            losses[part] += self._rates[part] * (self._bias[chosen].float() - self._bias.float().mean())
+        if of_hidden is not None:
+            of_hidden[part] += rise
+        if of_weight is not None:
+            states = rates * states
+            of_weight.index_add_(0, chosen, states)
+            of_weight -= states.sum(dim=0) / len(of_weight)
 
 
 def softmax_loss_(logits: Tensor, labels: Tensor, losses: Tensor, gradient: bool) -> None:

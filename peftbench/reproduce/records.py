@@ -8,7 +8,7 @@ from typing import Any
 from peftbench.analysis.frame import number
 from peftbench.errors import UserError
 from peftbench.published import Value
-from peftbench.record import canonical, train_content
+from peftbench.record import canonical, task_content, train_content
 from peftbench.reproduce.protocol import differences
 from peftbench.reproduce.verdicts import Difference, Measured, centre, half_width
 from peftbench.store import Store
@@ -109,8 +109,9 @@ def grouped(named: Iterable[tuple[str, Record]]) -> list[Configuration]:
 
 
 def _content(spec: Mapping[str, Any]) -> str:
-    kept = {key: spec.get(key) for key in ("model", "method", "task", "protocol", "identity")}
-    return canonical({**kept, "train": train_content(spec.get("train") or {})})
+    kept = {key: spec.get(key) for key in ("model", "method", "protocol", "identity")}
+    own = {"task": task_content(spec.get("task") or {}), "train": train_content(spec.get("train") or {})}
+    return canonical(kept | own)
 
 
 def answers(row: Value, configuration: Configuration) -> bool:

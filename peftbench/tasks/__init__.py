@@ -30,6 +30,7 @@ def build(settings: Mapping[str, Any]) -> Task:
         if key not in fields:
             raise UserError(f"task.{key}: no such setting; expected one of {', '.join(fields)}{nearest(key, fields)}")
         _check_type(key, value, fields[key].type)
+        values[key] = float(value) if fields[key].type is float else value
     missing = [key for key, field in fields.items() if _required(field) and key not in values]
     if missing:
         raise UserError(f"task.{missing[0]}: missing; {target} needs it")
@@ -49,8 +50,10 @@ def _check_type(key: str, value: Any, kind: Any) -> None:
         accepted = isinstance(value, str)
     elif kind is bool:
         accepted = isinstance(value, bool)
+    elif kind is float:
+        accepted = isinstance(value, (int, float)) and not isinstance(value, bool)
     else:
         accepted = isinstance(value, int) and not isinstance(value, bool)
     if not accepted:
-        expected = {str: "a text", int: "a whole number", bool: "true or false"}.get(kind, str(kind))
+        expected = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}.get(kind, str(kind))
         raise UserError(f"task.{key}={value!r}: expected {expected}")

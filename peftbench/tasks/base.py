@@ -7,13 +7,14 @@ Two formulations: ``head`` (a new layer on the model's pooled state classifies, 
 | --- | --- | --- |
 | ``labels`` | the arg-max class (int), or the regression value (float) | class (int) or value (float) |
 | ``choices`` | the index of the candidate whose tokens, end token included, are likeliest in sum | index (int) |
-| ``generation`` | `parse` of each greedily generated text | strings, or lists of strings |
+| ``generation`` | `parse` of each text generated as `decoding` says | strings, or lists of strings |
 | ``loss`` | per row (summed negative log-likelihood in nats, number of answer tokens) | None for each row |
 
 `metrics` gives None where a metric is undefined. Nothing here imports torch; `evaluate` is imported on first use.
 """
 
 import hashlib
+import math
 import weakref
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -32,6 +33,23 @@ T = TypeVar("T")
 # Counts the rules by which splits are made; part of every fingerprint, since a new rule means other rows.
 SPLIT_RULE = 1
 IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How texts are generated.
+
+    Attributes:
+        beams: how many a beam search keeps; 1: the likeliest token each time.
+        length_penalty: α of log p(text) / length^α, by which a beam search chooses among complete texts.
+        no_repeat_ngram: no n-gram of so many tokens comes twice; 0: any may.
+        no_repeat_within: what counts as having come: the "text" (a decoder's prompt too) or the "answer" alone.
+    """
+
+    beams: int = 1
+    length_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    no_repeat_within: str = "text"
 
 
 @dataclass
@@ -129,6 +147,11 @@ class Task(ABC):
     def evaluation(self) -> str:
         """How predictions are made: ``labels``, ``choices``, ``generation`` or ``loss`` (see the module's table)."""
         return "labels" if self.formulation == "head" else "choices"
+
+    @property
+    def decoding(self) -> Decoding:
+        """How texts are generated, where they are."""
+        return Decoding()
 
     # Rows.
 
@@ -252,6 +275,45 @@ class Task(ABC):
     def encode_prompts(self, rows: Sequence[Row], tokenizer: Any, max_length: int, kind: str) -> Encoded:
         """Return the prompts alone, token for token as `encode` places them before the answer, for generation."""
         return encode_prompts([self.prompt_answer(row)[0] for row in rows], tokenizer, max_length, kind)
+
+
+WITHIN = ("text", "answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generating(Task):
+    """A task evaluated by generated texts, and how these are generated (see `Decoding`)."""
+
+    beams: int = 1
+    length_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    no_repeat_within: str = "text"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, least, what in (("beams", 1, "beams"), ("no_repeat_ngram", 0, "tokens")):
+            value = getattr(self, key)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UserError(f"task.{key}={value}: expected a whole number of {what}, {least} or more")
+        if not math.isfinite(self.length_penalty):
+            raise UserError(f"task.length_penalty={self.length_penalty}: expected a finite number")
+        if self.no_repeat_within not in WITHIN:
+            raise UserError(f"task.no_repeat_within={self.no_repeat_within}: expected {' or '.join(WITHIN)}")
+        if self.length_penalty != 1 and self.beams == 1:
+            raise UserError(f"task.length_penalty={self.length_penalty:g}: expected task.beams of 2 or more with it")
+        if self.no_repeat_within != "text" and not self.no_repeat_ngram:
+            raise UserError(
+                f"task.no_repeat_within={self.no_repeat_within}: expected task.no_repeat_ngram of 1 or more with it"
+            )
+        if self.decoding != Decoding() and self.evaluation != "generation":
+            key, value = ("beams", self.beams) if self.beams > 1 else ("no_repeat_ngram", self.no_repeat_ngram)
+            raise UserError(
+                f"task.{key}={value}: task {self.name} is evaluated by {self.evaluation} and generates nothing"
+            )
+
+    @property
+    def decoding(self) -> Decoding:
+        return Decoding(self.beams, self.length_penalty, self.no_repeat_ngram, self.no_repeat_within)
 
 
 # Splitting.

@@ -19,7 +19,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from peftbench.errors import UserError, nearest
-from peftbench.tasks.base import Task, carve, carve_validation
+from peftbench.tasks.base import Generating, carve, carve_validation
 from peftbench.tasks.source import Dataset, Row
 
 HELD_BACK = 1000
@@ -82,7 +82,7 @@ def _rouge_scores(predictions: Sequence[str], references: Sequence[Sequence[str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Alpaca(Task):
+class Alpaca(Generating):
     """52,002 instructions; 1,000 are held back as test and 1,000 as validation, by a hash of the text.
 
     `evaluate_by`: ``loss`` (mean negative log-likelihood per answer token, in nats) or ``generation`` (ROUGE-L).
@@ -167,7 +167,7 @@ class Alpaca(Task):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gsm8k(Task):
+class Gsm8k(Generating):
     """Grade-school word problems, 7,473 to train on and 1,319 to test.
 
     `annotations` keeps the calculator marks (``<<48/2=24>>``) in the training answers.
@@ -233,7 +233,7 @@ class Gsm8k(Task):
 
 
 @dataclass(frozen=True, kw_only=True)
-class E2e(Task):
+class E2e(Generating):
     """Restaurant descriptions from attribute lists; the official train, validation and test splits in both protocols.
 
     A training row has one reference; validation and test rows are the distinct meanings with all of their references.
@@ -307,7 +307,7 @@ class E2e(Task):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arithmetic(Task):
+class Arithmetic(Generating):
     """Word problems that are only ever tested on, of the set `data`, or `name` when that is null.
 
     `train_on: gsm8k` trains and selects on GSM8K's train split.
