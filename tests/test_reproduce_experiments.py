@@ -86,7 +86,7 @@ def shrunk(point: dict[str, Any]) -> dict[str, list[Any]]:
     kept |= {"task.formulation": "text"} if text else {}
     kept |= {"train.max_length": 64, "train.batch_size": 2, "train.precision": "fp32", "seed": 0}
     kept["train.execution"] = "eager"
-    elsewhere = ("train.epochs", "train.evaluate_every", "train.start", "train.start_task")
+    elsewhere = ("train.epochs", "train.evaluate_every", "train.accumulation", "train.start", "train.start_task")
     kept = {k: v for k, v in kept.items() if k not in elsewhere}
     for key, most in SMALL.items():
         if isinstance(kept.get(f"method.{key}"), int):
@@ -137,7 +137,6 @@ AIMED = {
 }
 DECIDED = {
     # what the experiments' READMEs say is not the same
-    "reproduce-lora-e2e": {"beams of generated texts", "label smoothing"},
     "reproduce-houlsby": {"reported split"},
 }
 
@@ -203,6 +202,7 @@ def made_up(spec: Any, point: dict[str, Any]) -> dict[str, Any]:
     """Return a record of a point as a run would leave it."""
     record = make_record(spec).to_dict()
     record["spec"]["train"]["learning_rate"] = point.get("train.learning_rate", spec.train["learning_rate"])
+    record["spec"]["task"] |= {k.removeprefix("task."): v for k, v in point.items() if k.startswith("task.")}
     record["spec"]["identity"] = {"weights": "some digest"}
     last = point.get("train.evaluate_every") is not None
     steps = [1] if last else [1, 2]

@@ -70,8 +70,6 @@ class Continuation:
         self._mask = self._mask[rows]
         if self._encoded is not None:
             self._encoded = type(self._encoded)(last_hidden_state=self._encoded.last_hidden_state[rows])
-        if "task_ids" in self._batch:
-            self._objective.condition({"task_ids": self._batch["task_ids"][rows]})
 
     def reorder(self, rows: Tensor) -> None:
         """Have row i go on from what row `rows[i]` was."""

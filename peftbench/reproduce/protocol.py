@@ -1,8 +1,8 @@
 """How a run differs from what a published row says of itself: every fact beside ours, and whether it decides.
 
-What decides: other weights, data, reported split, rule of selection, start, method settings, learning rate, batch size
-or length of training. What is only noted: number of seeds, precision, longest sequence, warm-up, weight decay, and what
-the source does not state, or states in words ("up to 16").
+What decides: other weights, data, reported split, rule of selection, start, method settings, learning rate, batch size,
+length of training, label smoothing, or how texts are generated. What is only noted: number of seeds, precision, longest
+sequence, warm-up, weight decay, and what the source does not state, or states in words ("up to 16").
 """
 
 import math
@@ -25,8 +25,7 @@ METHOD_KEYS = {
 WORDS = {"RANDOM": "random", "SAMPLE_VOCAB": "vocabulary", "road_1": 1, "road_2": 2, "road_4": 4}
 """What sources write for values of settings → ours."""
 ELSEWHERE = {
-    "lr_head": ("learning rate of the head", "head_learning_rate"), "label_smoothing": ("label smoothing", None),
-    "beam": ("beams of generated texts", None), "data": ("training data", None),
+    "lr_head": ("learning rate of the head", "head_learning_rate"), "data": ("training data", None),
     "train_examples": ("training rows", None),
 }  # fmt: skip
 """Settings of sources that need not have a like here: their name, and the setting of training that stands for them."""
@@ -34,9 +33,16 @@ SILENT = {
     "optimizer", "seed", "seeds", "autocast_adapter_dtype", "projection_prng_key", "save_projection", "token_dim",
     "num_layers", "num_attention_heads", "num_transformer_submodules", "feedforward_modules", "steps", "max_steps",
     "epochs", "target", "target_modules", "warmup_steps", "init_weights", "init_ia3_weights", "use_dora",
-    "use_rslora", "no_repeat_ngram", "length_penalty",
+    "use_rslora",
 }  # fmt: skip
 """Settings that are compared elsewhere, go with one that is, or change no result."""
+DEFAULTED = {
+    "label_smoothing": ("label smoothing", "train", "label_smoothing", 0.0),
+    "beam": ("beams of generated texts", "task", "beams", 1),
+    "length_penalty": ("length penalty", "task", "length_penalty", 1.0),
+    "no_repeat_ngram": ("n-grams that come once", "task", "no_repeat_ngram", 0),
+}  # fmt: skip
+"""Settings of sources → their name, ours, by section, and what a record that does not have it was made with."""
 TRAIN_KEYS = {"lr": "learning_rate", "lr_vera": "learning_rate", "batch": "batch_size", "schedule": "schedule"}
 """Settings of training that decide → ours."""
 NOTED_KEYS = {
@@ -168,10 +174,17 @@ def _training(row: Value, spec: Mapping[str, Any], seeds: int) -> Iterator[Diffe
         value, mine = settings.get(theirs), None if stands is None else train.get(stands) or train.get("learning_rate")
         if value is not None and not same(value, mine):
             yield Difference(what, str(value), "none" if mine is None else str(mine))
+    for theirs, (what, section, ours, default) in DEFAULTED.items():
+        value, mine = settings.get(theirs), spec[section].get(ours, default)
+        if not same(default if value is None else value, mine):
+            words = not isinstance(value, int | float)
+            yield Difference(
+                what, "" if value is None else str(value), f"{mine:g}" if mine else "none", decides=not words
+            )
     own = train.get("head_learning_rate")
     if own is not None and "lr_head" not in settings and not same(own, train.get("learning_rate")):
         yield Difference("learning rate of the head", "", str(own), decides=False)
-    known = {*METHOD_KEYS, *TRAIN_KEYS, *NOTED_KEYS, *ELSEWHERE, *SILENT, "lr_A"}
+    known = {*METHOD_KEYS, *TRAIN_KEYS, *NOTED_KEYS, *ELSEWHERE, *DEFAULTED, *SILENT, "lr_A"}
     for key in sorted(settings.keys() - known):
         yield Difference(key, str(settings[key]), "not compared", decides=False)
     unit, length = epochs_of(spec)

@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | Alpaca (Taori et al. 2023) | loss on held-out answers, or generation | loss, perplexity; or rouge_l |
 | GSM8K (Cobbe et al. 2021, arXiv:2110.14168) | generation | exact_match of the number after ``####`` |
-| E2E NLG (Novikova et al. 2017, arXiv:1706.09254) | generation | bleu, rouge_l, against all references of a meaning |
+| E2E NLG (Novikova et al. 2017, arXiv:1706.09254) | generation | bleu, rouge_l, against all references, cases alike |
 | AddSub, MAWPS, MultiArith, SingleEq, SVAMP | generation | exact_match of the last number |
 
 Numbers are compared by value (``18.00`` equals ``18``), where GSM8K's own script compares their digits. The arithmetic
@@ -19,7 +19,15 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from peftbench.errors import UserError, nearest
-from peftbench.tasks.base import Generating, carve, carve_validation
+from peftbench.tasks.base import (
+    Encoded,
+    Generating,
+    carve,
+    carve_validation,
+    encode_pairs,
+    encode_prompts,
+    end_token,
+)
 from peftbench.tasks.source import Dataset, Row
 
 HELD_BACK = 1000
@@ -45,6 +53,17 @@ def instruction_prompt(instruction: str, context: str = "") -> str:
 def question_prompt(question: str) -> str:
     """Return the prompt of a word problem."""
     return f"Question: {question.strip()}\nAnswer:"
+
+
+LAYOUTS = ("lines", "table")
+ATTRIBUTE = re.compile(r"([\w ]+)\[([^\]]*)\](?:, |$)")
+ATTRIBUTES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
+"""E2E's names of attributes → those of the table's layout; the others are the same."""
+
+
+def as_table(meaning: str) -> str:
+    """Return one of E2E's meanings, ``name[Giraffe], eatType[pub]``, as ``name : Giraffe | Type : pub``."""
+    return " | ".join(f"{ATTRIBUTES.get(name, name)} : {value}" for name, value in ATTRIBUTE.findall(meaning))
 
 
 def canonical_number(text: str) -> str:
@@ -237,11 +256,22 @@ class E2e(Generating):
     """Restaurant descriptions from attribute lists; the official train, validation and test splits in both protocols.
 
     A training row has one reference; validation and test rows are the distinct meanings with all of their references.
+
+    `layout` of the prompt: ``lines`` (``Meaning: name[Giraffe], eatType[pub]``, then ``Text:``) or ``table`` (``name :
+    Giraffe | Type : pub`` and the end token, as in Li & Liang 2021, arXiv:2101.00190, and LoRA).
     """
 
     formulation: str = "text"
     max_length: int = 192
     max_new_tokens: int = 96
+    layout: str = "lines"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layout not in LAYOUTS:
+            raise UserError(
+                f"task.layout={self.layout}: expected {' or '.join(LAYOUTS)}{nearest(self.layout, LAYOUTS)}"
+            )
 
     @property
     def formulations(self) -> tuple[str, ...]:
@@ -288,8 +318,25 @@ class E2e(Generating):
         return self.dataset.subset(["train", "validation", "test"])
 
     def prompt_answer(self, row: Row) -> tuple[str, str]:
-        """Return the prompt and the first reference."""
-        return f"Meaning: {row['meaning_representation']}\nText:", f" {row['references'][0].strip()}"
+        """Return the prompt, in the table's layout without the end token, and the first reference."""
+        meaning, answer = row["meaning_representation"], f" {row['references'][0].strip()}"
+        return (as_table(meaning) if self.layout == "table" else f"Meaning: {meaning}\nText:"), answer
+
+    def encode(self, rows: Sequence[Row], tokenizer: Any, max_length: int, kind: str) -> Encoded:
+        ended = self._ended(rows, tokenizer, kind)
+        answers = [self.prompt_answer(row)[1] for row in rows]
+        return encode_pairs(list(zip(ended, answers, strict=True)), tokenizer, max_length, kind)
+
+    def encode_prompts(self, rows: Sequence[Row], tokenizer: Any, max_length: int, kind: str) -> Encoded:
+        return encode_prompts(self._ended(rows, tokenizer, kind), tokenizer, max_length, kind)
+
+    def _ended(self, rows: Sequence[Row], tokenizer: Any, kind: str) -> list[str]:
+        """Return prompts; after a table a decoder's end token says that the text begins (an encoder puts its own)."""
+        prompts = [self.prompt_answer(row)[0] for row in rows]
+        if self.layout == "lines" or kind == "seq2seq":
+            return prompts
+        end_token(tokenizer)
+        return [prompt + tokenizer.eos_token for prompt in prompts]
 
     def parse(self, text: str) -> str:
         """Return the first line of the generated text: references have one."""
@@ -299,7 +346,9 @@ class E2e(Generating):
         return [list(row["references"]) for row in rows]
 
     def metrics(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float | None]:
-        return _compute(["bleu", "rouge_l"], predictions, references)
+        """Return BLEU and ROUGE-L in lower case: github.com/tuetschek/e2e-metrics, the official script, minds no case."""
+        lower = [[text.lower() for text in each] for each in references]
+        return _compute(["bleu", "rouge_l"], [text.lower() for text in predictions], lower)
 
     def item_scores(self, predictions: Sequence[Any], references: Sequence[Any]) -> list[float]:
         """Return the ROUGE-L of each item; BLEU is defined over the whole set only."""
