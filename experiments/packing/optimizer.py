@@ -137,19 +137,14 @@ def steps(assembly: Assembly, execution: str, options: argparse.Namespace, devic
     table = TokenTable(texts(int(assembly.backbone.model.config.vocab_size), options.length), 0, device)
     optimizer = assembly.optimizer([1000] * runs)
     clock = Clock(device)
-    order = [np.random.default_rng(run) for run in range(runs)]
-
-    def batch() -> PackedBatch:
-        items = np.stack([generator.permutation(ITEMS)[: min(BATCH, options.batch)] for generator in order])
-        return PackedBatch(items, options.length, 0)
-
+    batch = batches(runs, options)
     with watched(optimizer, clock):
         make = stepper(execution, assembly.objective, optimizer, table)
         assembly.objective.train(True)
         for _ in range(WARMUP):
             make(batch())
-        batches = [batch() for _ in range(options.calls)]
-        samples = [clock.seconds(partial(make, one)) for one in batches]
+        drawn = [batch() for _ in range(options.calls)]
+        samples = [clock.seconds(partial(make, one)) for one in drawn]
         if make.execution != execution:
             raise RuntimeError(f"steps ran {make.execution}")
     whole, turn = (statistics.median(values) for values in zip(*samples, strict=True))
@@ -158,6 +153,17 @@ def steps(assembly: Assembly, execution: str, options: argparse.Namespace, devic
         "optimizer_seconds": common.rounded(turn),
         "share": common.rounded(turn / whole),
     }
+
+
+def batches(runs: int, options: argparse.Namespace) -> Callable[[], PackedBatch]:
+    """Return what draws a batch for each run."""
+    order = [np.random.default_rng(run) for run in range(runs)]
+
+    def batch() -> PackedBatch:
+        items = np.stack([generator.permutation(ITEMS)[: min(BATCH, options.batch)] for generator in order])
+        return PackedBatch(items, options.length, 0)
+
+    return batch
 
 
 def report(records: Sequence[Mapping[str, Any]]) -> str:
@@ -176,6 +182,11 @@ def report(records: Sequence[Mapping[str, Any]]) -> str:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return checked(parser, arguments)
+
+
+def checked(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """Return the options of a measurement of `CASES`."""
     parser.add_argument("--out", help="file that records are added to, one a line")
     parser.add_argument("--table", nargs="+", metavar="FILE", help="show the records of these files; measure nothing")
     parser.add_argument("--cases", default=",".join(CASES), help=f"comma list of {', '.join(CASES)}")

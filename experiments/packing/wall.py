@@ -5,8 +5,9 @@
     python experiments/packing/wall.py --table results/packing/wall.jsonl
 
 Each arm is one command, started anew and timed from outside, start-up and report included: `hf` is
-`experiments/peers/trainer.py`, a number or `auto` is `python -m peftbench sweep experiment=… pack=<that>`, `eager` the
-same with `pack=1 train.execution=eager`, the settings that runs have unless told otherwise. Arms that go
+`experiments/peers/trainer.py` on a base in bf16, `hf-autocast` the same on fp32 weights under autocast (what
+`TrainingArguments(bf16=True)` does), a number or `auto` is `python -m peftbench sweep experiment=… pack=<that>`,
+`eager` the same with `pack=1 train.execution=eager`, the settings that runs have unless told otherwise. Arms that go
 one run at a time train some runs only; the rest is extrapolated at the mean of those after the first, and the table
 says so. See README.md.
 """
@@ -27,8 +28,12 @@ from sweeps import Swept, common, timed
 
 SPENT = {"training": ("train",), "evaluation": ("evaluate", "test"), "loading": ("load", "set_up", "profile")}
 """What a run's time is spent on → the phases that count for it."""
+PEERS = {"hf": (), "hf-autocast": ("--precision", "autocast")}
+"""Arms that are `trainer.py` → their arguments beside the case's."""
 ALONE = {"1": (), "eager": ("train.execution=eager",)}
 """Arms that go one run at a time → their settings beside the case's."""
+OTHERS = {"hf": "× HF", "hf-autocast": "× HF, autocast", "1": "× alone", "eager": "× alone, eager"}
+"""Arms that the others are held against → headers."""
 ONCE = "start, report"
 """The rest of a command's time: imports, planning, choosing the size of packs, the report."""
 
@@ -54,7 +59,11 @@ class Case:
 
 CASES = {
     "rte": Case(
-        "packing-rte", 16, ("hf", "16", "1", "eager"), ("train.learning_rate=1e-3", "seed=0,1"), ("--seeds", "0,1")
+        "packing-rte",
+        16,
+        ("hf", "hf-autocast", "16", "1", "eager"),
+        ("train.learning_rate=1e-3", "seed=0,1"),
+        ("--seeds", "0,1"),
     ),
     "mixed": Case(
         "packing-mixed", 16, ("16", "1", "eager"), ("method=lora,dora,vera,ia3,houlsby",), ("--seeds", "0,1")
@@ -69,13 +78,14 @@ CASES = {
             *("--steps", "200", "--seeds", "0,1"),
         ),
     ),
+    "default": Case("default", 14, ("auto", "1"), (), ()),
 }
 
 
 def measure(case: Case, arm: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run one arm and return what its record says."""
-    if arm == "hf":
-        return _peer(case, options, folder)
+    if arm in PEERS:
+        return _peer(case, arm, options, folder)
     if arm in ALONE:
         overrides = [*case.few, *options.set, *ALONE[arm]]
         return of_sweep(sweeps.swept(case.experiment, "1", folder, overrides, options.limit, name=arm))
@@ -109,10 +119,12 @@ def of_sweep(found: Swept) -> dict[str, Any]:
     }
 
 
-def _peer(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    out = folder / f"trainer-{case.experiment}.jsonl"
+def _peer(case: Case, arm: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    out = folder / f"trainer-{case.experiment}-{arm}.jsonl"
     script = str((sweeps.PEERS / "trainer.py").relative_to(sweeps.ROOT))
-    command = timed([script, *case.peer, "--out", str(out), *shlex.split(options.peer)], folder, options.limit)
+    command = timed(
+        [script, *case.peer, *PEERS[arm], "--out", str(out), *shlex.split(options.peer)], folder, options.limit
+    )
     found = common.read([out]) if out.is_file() else []
     named = ("load", "set_up", "train", "evaluate", "test")
     packs = [{name: r["seconds"][name] for name in named} for r in found]
@@ -185,11 +197,11 @@ def report(records: Sequence[Mapping[str, Any]]) -> str:
     for record in records:
         name = f"{record['case']}: {_named(record)}"
         if record["status"] != "completed":
-            rows.append((name, "failed", *["–"] * 10))
+            rows.append((name, "failed", *["–"] * (4 + len(OTHERS) + len(SPENT))))
             continue
         parts, whole = spent(record), whole_seconds(record)
         rate = 3600 * record["runs"] / whole
-        over = [_rate(records, record["case"], other) for other in ("hf", "1", "eager")]
+        over = [_rate(records, record["case"], other) for other in OTHERS]
         step = step_seconds(record)
         rows.append(
             (
@@ -202,12 +214,12 @@ def report(records: Sequence[Mapping[str, Any]]) -> str:
                 *(f"{100 * seconds / whole:.0f} %" for seconds in parts.values()),
             )
         )
-    headers = ("arm", "runs timed", "seconds", "runs/h", "× HF", "× alone", "× alone, eager", "ms a run and step")
+    headers = ("arm", "runs timed", "seconds", "runs/h", *OTHERS.values(), "ms a run and step")
     return common.table((*headers, *SPENT, ONCE), rows)
 
 
 def _named(record: Mapping[str, Any]) -> str:
-    if record["arm"] == "hf":
+    if record["arm"] in PEERS:
         return f"HF Trainer ({record.get('precision')})"
     how = "+".join(record["execution"]) if record.get("execution") else "?"
     if record["arm"] in ALONE:
@@ -280,7 +292,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", help="file that records are added to, one a line")
     parser.add_argument("--table", nargs="+", metavar="FILE", help="show the records of these files; time nothing")
     parser.add_argument("--figure", type=Path, help="where to draw, without suffix")
-    parser.add_argument("--arms", help="comma list of hf, auto, eager and sizes of packs; 1: one run at a time")
+    parser.add_argument(
+        "--arms", help=f"comma list of auto, sizes of packs, {', '.join((*PEERS, *ALONE))}; 1: one run at a time"
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for every sweep")
     parser.add_argument("--peer", default="", metavar="ARGUMENTS", help="more arguments for trainer.py, in one word")
     parser.add_argument("--limit", type=float, help="seconds a command may take")

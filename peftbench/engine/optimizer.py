@@ -137,6 +137,12 @@ def _shared(values: Sequence[float], device: torch.device) -> float | Tensor:
     return values[0] if len(set(values)) == 1 else torch.tensor(values, dtype=torch.float32, device=device)[:, None]
 
 
+def _line(rates: Sequence[float], first: Sequence[float], second: Sequence[float]) -> list[float]:
+    """Return what a step needs to know: rates, corrections, and the two as an update takes them."""
+    scaled = [rate / correction for rate, correction in zip(rates, first, strict=True)]
+    return [*rates, *first, *second, *scaled, *(correction**-0.5 for correction in second)]
+
+
 class PackedAdamW:
     """AdamW for parameters with a leading runs axis, plus (for a pack of one) parameters of the base itself.
 
@@ -194,11 +200,12 @@ class PackedAdamW:
         own = list(zip(recipes, self.done, self.steps, strict=True))
         self.rates = [[r.rate(before + step, total) for r, before, total in own] for step in range(length)]
         """Learning rate by step and run, on the host."""
-        # Row t: every run's rate, then 1 − β₁ᵗ⁺¹ and 1 − β₂ᵗ⁺¹ by its own t, computed in float64.
+        # Row t: every run's rate η, 1 − β₁ᵗ⁺¹ and 1 − β₂ᵗ⁺¹ by its own t, then η / (1 − β₁ᵗ⁺¹) and 1 / √(1 − β₂ᵗ⁺¹):
+        # on the device, each quotient would be a kernel of its own. Computed in float64.
         numbers = [[before + step for before in self.done] for step in range(1, length + 1)]
         betas = [[r.beta1 for r in recipes], [r.beta2 for r in recipes]]
         corrections = [[[1 - b**t for b, t in zip(own, row, strict=True)] for own in betas] for row in numbers]
-        lines = [[*rates, *first, *second] for rates, (first, second) in zip(self.rates, corrections, strict=True)]
+        lines = [_line(rates, first, second) for rates, (first, second) in zip(self.rates, corrections, strict=True)]
         self._table = torch.tensor(lines, dtype=torch.float32, device=device)
         self._row = torch.zeros(1, dtype=torch.int64, device=device)
         self._beta1, self._beta2 = (_shared(values, device) for values in betas)
@@ -292,12 +299,12 @@ class PackedAdamW:
         """Update every run whose `losses` [R] and gradients are finite, and clear the gradients."""
         assert self.step_count < len(self.rates), "more steps than the optimizer was made for"
         grad = self._flat_gradient()
-        first, *others = (grad[:, columns].square().sum(dim=1) for columns in self._moments.chunks())
-        squares = sum(others, start=first)
+        norms, *others = (torch.linalg.vector_norm(grad[:, columns], dim=1) for columns in self._moments.chunks())
         plain_grads = [p.grad for p in self.plain if p.grad is not None]
         if plain_grads:
-            squares = squares + torch.stack(torch._foreach_norm(plain_grads)).square().sum()
-        norms = squares.sqrt()
+            others.append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(plain_grads)), keepdim=True))
+        if others:
+            norms = torch.linalg.vector_norm(torch.stack([norms, *others]), dim=0)
         # x · 0 is 0 where x is finite, else NaN, which equals nothing
         self.alive &= norms * 0 == losses * 0
         shrink = (self._clip / (norms + 1e-6)).clamp(max=1.0)
@@ -408,12 +415,13 @@ class PackedAdamW:
     def _update_packed(self, grad: Tensor, shrink: Tensor, now: Tensor) -> None:
         if not self.packed:
             return
-        rates, first, second = (part.unsqueeze(-1) for part in now.split(self.runs))
         dead = self.alive.logical_not().unsqueeze(-1)
+        rates, _, _, scaled, roots = now.view(5, self.runs, 1).unbind()
+        scaled = scaled.masked_fill(dead, 0.0)
         grad.mul_(shrink).masked_fill_(dead, 0.0)
         if self._gradient is not None:
             self._gradient.copy_(grad)
-        # In place, and by chunks: what a step needs beside the gradient is two copies of a chunk.
+        # In place, and by chunks: what a step needs beside the gradient is two or three copies of a chunk.
         for columns in self._moments.chunks():
             g, flat = grad[:, columns], self.flat[:, columns]
             with self._moments.opened(columns) as (mean, square):
@@ -423,13 +431,16 @@ class PackedAdamW:
                     square.addcmul_(g, g, value=1 - self._beta2)
                 else:
                     square.addcmul_(g, g * (1 - self._beta2))
-                root = (square / second).sqrt_().add_(self._epsilon)
-                update = (mean / first).div_(root)
-            if self._decay is not None:
-                update.addcmul_(self._decay[:, columns], flat)
+                root = torch.sqrt(square).mul_(roots).add_(self._epsilon)
+                update = mean * scaled
             if self._ratios is not None:
                 update.mul_(self._ratios[:, columns])
-            flat.sub_(update.mul_(rates).masked_fill_(dead, 0.0))
+            if self._decay is not None:
+                decay = self._decay[:, columns] * rates.masked_fill(dead, 0.0)
+                if self._ratios is not None:
+                    decay.mul_(self._ratios[:, columns])
+                flat.addcmul_(decay, flat, value=-1)
+            flat.addcdiv_(update, root, value=-1)
 
     def _update_plain(self, grads: list[Tensor], shrink: Tensor, now: Tensor) -> None:
         assert self._fused is not None

@@ -25,6 +25,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peftbench.errors import UserError
+from peftbench.kernels.attention import fits, short_attention
 
 ATTENTION = "peftbench_sdpa"
 """Name of attention and mask functions in `transformers`' registries."""
@@ -32,10 +33,9 @@ PREFIX = "_peftbench_prefix"
 """Attribute of an attention module: (key, value) → (longer key, longer value, how many positions came in front)."""
 
 SHORT = 128
-"""Keys up to which masked attention on a GPU is left to the kernel that needs no plan.
+"""Keys up to which masked attention on a GPU is left to a kernel that needs no plan.
 
-cuDNN's, which PyTorch takes first on newer GPUs, plans every new shape for about a second. At 64 keys its steps were
-slower too, at 128 they were faster with dropout (seen once on an H100, no record): long training at that length pays.
+cuDNN's, which PyTorch takes first on newer GPUs, plans every new shape for about a second.
 """
 UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
 
@@ -80,9 +80,25 @@ def prefixable_attention(
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
+    """SDPA, or our own kernel where every query sees the same few keys."""
+    if _plain(module, attention_mask, kwargs):
+        dropout = kwargs.get("dropout", 0.0)
+        if fits(query, key, value, attention_mask, dropout):
+            scale = kwargs.get("scaling")
+            scale = query.shape[3] ** -0.5 if scale is None else scale
+            return short_attention(query, key, value, attention_mask, scale, dropout).transpose(1, 2), None
     inner = ALL_ATTENTION_FUNCTIONS["sdpa"]
     with _kernels(query, key, attention_mask):
         return cast("tuple[Tensor, Tensor | None]", inner(module, query, key, value, attention_mask, **kwargs))
+
+
+def _plain(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    """Return whether this is neither causal nor asks for anything beyond scores, a bias by key and dropout."""
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if (mask is None and causal) or torch.compiler.is_compiling():
+        return False
+    return all(kwargs.get(name) is None for name in ("position_bias", "cache", "softcap", "s_aux"))
 
 
 def _kernels(query: Tensor, key: Tensor, mask: Tensor | None) -> AbstractContextManager[None]:

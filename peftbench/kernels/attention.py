@@ -1,0 +1,198 @@
+"""Attention of short sequences without causality: a program holds all keys of a row and head at once.
+
+softmax(q kᵀ · scale + bias) v (Vaswani et al. 2017, arXiv:1706.03762, eq. 1), with dropout on the softmax. As in
+FlashAttention (Dao et al. 2022, arXiv:2205.14135), scores, softmax and dropout's mask are made again in the backward
+pass; but a hundred keys fit a program's registers, so that there is no loop over keys, and a gradient is written once.
+Gradients and outputs lie in memory as [N, T, H, D], which the linear layers around attention read without a copy.
+
+Dropout asks a keyed hash of the place instead of a Philox generator, whose ten rounds would be most of the work.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
+
+from peftbench.kernels.backend import interpreted, use_triton
+
+LONGEST = 128
+"""Queries and keys that a program holds."""
+WIDEST = 64
+"""Width of a head that a program holds."""
+HALVES = (torch.bfloat16, torch.float16)
+INTERPRETED = (torch.float32, torch.float16)
+"""What Triton's interpreter can multiply."""
+SMALLEST = 16
+"""Least width of a matrix product in Triton."""
+BLOCK = 64
+"""Queries at a time."""
+
+
+def fits(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: float) -> bool:
+    """Return whether the kernels take these: halves on a GPU, short, one key head a query head, no bias by query.
+
+    Args:
+        query: [N, H, T, D].
+        key, value: [N, H, T', D].
+        bias: added to the scores, [N, 1, 1, T'], or None.
+        dropout: share of the softmax that is dropped.
+    """
+    n, heads, queries, width = query.shape
+    keys = key.shape[2]
+    return (
+        query.dtype in (INTERPRETED if interpreted() else HALVES)
+        and query.dtype == key.dtype == value.dtype
+        and max(queries, keys) <= LONGEST
+        and SMALLEST <= width <= WIDEST
+        and width & (width - 1) == 0
+        and key.shape == value.shape == (n, heads, keys, width)
+        and all(t.stride(3) == 1 for t in (query, key, value))
+        and (bias is None or (bias.is_floating_point() and not bias.requires_grad and bias.shape == (n, 1, 1, keys)))
+        and use_triton(query)
+    )
+
+
+def short_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, dropout: float
+) -> Tensor:
+    """Return attention's outputs [N, H, T, D], a view of [N, T, H, D], for what `fits`.
+
+    Dropout's mask comes from a seed that the device draws, so a captured step drops anew at every replay.
+    """
+    seed = None
+    if dropout:
+        seed = torch.empty(1, dtype=torch.int64, device=query.device).random_()
+    output: Tensor = _ShortAttention.apply(query, key, value, bias, seed, scale, dropout)
+    return output
+
+
+def reference(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, kept: Tensor | None = None
+) -> Tensor:
+    """Return the same in plain PyTorch; `kept` is what the softmax is multiplied by, [N, H, T, T']."""
+    scores = query @ key.transpose(2, 3) * scale
+    shares = torch.softmax(scores if bias is None else scores + bias, dim=-1)
+    return (shares if kept is None else shares * kept) @ value
+
+
+class _ShortAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None, scale: float, p: float
+    ) -> Tensor:
+        out, logs = _forward_op(q, k, v, bias, seed, scale, p)
+        ctx.save_for_backward(q, k, v, bias, seed, logs)
+        ctx.numbers = scale, p
+        return out.transpose(1, 2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        if gradient.stride(3) != 1:
+            gradient = gradient.contiguous()
+        gradients = _backward_op(gradient, *ctx.saved_tensors, *ctx.numbers)
+        return (*(g.transpose(1, 2) for g in gradients), None, None, None, None)
+
+
+def _options(k: Tensor, bias: Tensor | None, seed: Tensor | None) -> dict[str, Any]:
+    import triton
+
+    held = max(SMALLEST, triton.next_power_of_2(k.shape[2]))
+    return {
+        "biased": bias is not None,
+        "dropped": seed is not None,
+        "exact": k.dtype == torch.float32,
+        "width": k.shape[3],
+        "block": min(held, BLOCK),
+        "keys_held": held,
+        "num_warps": 4 if held > 32 else 2,
+        "num_stages": 1,
+    }
+
+
+def _threshold(p: float) -> int:
+    """Return the number below which a draw from all numbers of 32 bits, taken as signed, drops."""
+    return min(round(p * 2**32), 2**32 - 1) - 2**31
+
+
+def _rows(t: Tensor) -> tuple[int, int, int]:
+    return t.stride(0), t.stride(1), t.stride(2)
+
+
+def _bias(bias: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
+    """Return the bias [N, 1, 1, T'] with its keys side by side, and its stride over rows."""
+    if bias is None:
+        return other, 0
+    bias = bias if bias.stride(3) == 1 else bias.contiguous()
+    return bias, bias.stride(0)
+
+
+# Operations, so that what counts products and memory sees them.
+
+
+@torch.library.custom_op("peftbench::short_attention", mutates_args=())
+def _forward_op(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None, scale: float, p: float
+) -> tuple[Tensor, Tensor]:
+    from peftbench.kernels.attention_triton import short_attention_forward
+
+    n, heads, queries, width = q.shape
+    out, logs = q.new_empty((n, queries, heads, width)), q.new_empty((n, heads, queries), dtype=torch.float32)
+    added, bias_row = _bias(bias, q)
+    options = _options(k, bias, seed)
+    with torch.cuda.device_of(q):
+        short_attention_forward[(n * heads, -(-queries // options["block"]))](
+            q, k, v, added, q if seed is None else seed, out, logs, heads, queries, k.shape[2],
+            scale, p, _threshold(p), *_rows(q), *_rows(k), *_rows(v), bias_row, **options,
+        )  # fmt: skip
+    return out, logs
+
+
+@_forward_op.register_fake
+def _(q, k, v, bias, seed, scale, p):  # type: ignore[no-untyped-def]
+    n, heads, queries, width = q.shape
+    return q.new_empty((n, queries, heads, width)), q.new_empty((n, heads, queries), dtype=torch.float32)
+
+
+@torch.library.custom_op("peftbench::short_attention_backward", mutates_args=())
+def _backward_op(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    logs: Tensor,
+    scale: float,
+    p: float,
+) -> list[Tensor]:
+    from peftbench.kernels.attention_triton import short_attention_backward
+
+    n, heads, queries, width = q.shape
+    dq, dk, dv = (t.new_empty((n, t.shape[2], heads, width)) for t in (q, k, v))
+    added, bias_row = _bias(bias, q)
+    with torch.cuda.device_of(q):
+        short_attention_backward[(n * heads,)](
+            gradient, q, k, v, added, q if seed is None else seed, logs, dq, dk, dv, heads, queries, k.shape[2],
+            scale, p, _threshold(p), *_rows(gradient), *_rows(q), *_rows(k), *_rows(v), bias_row,
+            **_options(k, bias, seed),
+        )  # fmt: skip
+    return [dq, dk, dv]
+
+
+@_backward_op.register_fake
+def _(gradient, q, k, v, bias, seed, logs, scale, p):  # type: ignore[no-untyped-def]
+    return [t.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3])) for t in (q, k, v)]
+
+
+@register_flop_formula(torch.ops.peftbench.short_attention)
+def _forward_flops(q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> int:
+    return int(sdpa_flop_count(q, k, v))
+
+
+@register_flop_formula(torch.ops.peftbench.short_attention_backward)
+def _backward_flops(gradient: Any, q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> int:
+    return int(sdpa_backward_flop_count(gradient, q, k, v))
