@@ -1,11 +1,13 @@
 """What a run ran on: code, versions, machine. Collected once per process; nothing here changes a run's id."""
 
+import contextlib
 import functools
 import importlib.metadata
 import os
 import platform
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,23 @@ def pick_device(device: str) -> str:
         built = "was built without CUDA" if torch.version.cuda is None else f"CUDA {torch.version.cuda} finds none"
         raise UserError(f"device=cuda: no GPU is in reach (torch {torch.__version__} {built}); use device=cpu or auto")
     return ("cuda" if present else "cpu") if device == "auto" else device
+
+
+def begin_gpu() -> None:
+    """Let a thread of its own make this process's first contact with a GPU, if there is one, while others import.
+
+    What it takes is a fraction of a second in the driver. Whoever needs the GPU before that is done waits, and hears of
+    what is wrong with it.
+    """
+
+    def first_contact() -> None:
+        with contextlib.suppress(Exception):
+            import torch
+
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+
+    threading.Thread(target=first_contact, name="first contact with the GPU", daemon=True).start()
 
 
 def memory(device: str) -> tuple[int, int] | None:

@@ -145,16 +145,18 @@ def test_a_step_is_the_formula_with_the_hosts_own_numbers_bit_for_bit(wild: int 
         grad = torch.cat([torch.randn(3, *s, generator=g).flatten(1) for s in [(4, 30), (50,)]], dim=1)
         if wild is not None and step >= 2:
             grad[wild] = math.inf
-        norms = grad.square().sum(dim=1).sqrt()
+        norms = torch.linalg.vector_norm(grad, dim=1)
         alive &= torch.isfinite(norms)[:, None]
         shrink = (clip / (norms + 1e-6)).clamp(max=1.0)[:, None]
         grad = torch.where(alive, grad * shrink, 0.0)
         mean.lerp_(grad, 1 - 0.9)
         square.mul_(0.999).addcmul_(grad, grad, value=1 - 0.999)
-        update = mean / (1 - 0.9 ** (step + 1)) / ((square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
-        update = torch.addcmul(update, decay, theta) * ratios
-        rates = torch.tensor([[r.rate(step, steps)] for r in RECIPES])
-        theta = theta - torch.where(alive, update * rates, 0.0)
+        t, rates = step + 1, [r.rate(step, steps) for r in RECIPES]
+        first = torch.tensor([[rate / (1 - 0.9**t)] for rate in rates])
+        root = square.sqrt() * (1 - 0.999**t) ** -0.5 + 1e-8
+        shrunk = torch.where(alive, decay * torch.tensor(rates)[:, None] * ratios, 0.0)
+        theta = torch.addcmul(theta, shrunk, theta, value=-1)
+        theta = torch.addcdiv(theta, mean * torch.where(alive, first, 0.0) * ratios, root, value=-1)
     assert torch.equal(ours.flat, theta)
     assert torch.equal(ours.end().gradient(ours.packed[1]), grad[:, 120:])
     assert ours.alive.tolist() == [run != wild for run in range(3)]

@@ -190,11 +190,16 @@ def test_steps_recorded_or_not_equal_plain_ones(
             "RuntimeError: operation not permitted when stream is capturing"
         ]
     else:
-        # full and last batches of two lengths, each captured when seen for the third time
-        shapes = Counter((b.items.shape, b.length) for b in batches(training(small("lora"))[2], 2))
-        assert len(shapes) >= 3
-        assert recorder.recorded == sum(n > 2 for n in shapes.values()) >= 2
-        assert graphs[2].replayed == sum(max(n - 2, 0) for n in shapes.values())
+        # full and last batches of two lengths: the first seen for the third time is captured, then each seen again
+        seen: Counter[object] = Counter()
+        replayed: Counter[object] = Counter()
+        for b in batches(training(small("lora"))[2], 2):
+            shape = (b.items.shape, b.length)
+            replayed[shape] += seen[shape] >= (1 if replayed.total() else 2)
+            seen[shape] += 1
+        assert len(seen) >= 3
+        assert recorder.recorded == sum(n > 0 for n in replayed.values()) >= 2
+        assert graphs[2].replayed == replayed.total()
         assert (graphs[2].execution, lines) == ("graphs", [])
 
 

@@ -55,6 +55,9 @@ class PeftbenchSweeper(Sweeper):
         launcher = self.launcher
         assert launcher is not None
         local = type(launcher).__name__ in LOCAL_LAUNCHERS
+        here = type(launcher).__name__ == "BasicLauncher"
+        if here and "device=cpu" not in arguments:
+            environment.begin_gpu()
         # nobody knows the memory of machines that jobs are sent to
         memory = environment.memory if local else lambda device: None
         tell = (lambda line: None) if self.quiet else sweep.say
@@ -65,7 +68,6 @@ class PeftbenchSweeper(Sweeper):
         if not prepared.jobs:
             return prepared.outcome([])
         jobs = [replace(pack, quiet=self.quiet) for pack in prepared.jobs]
-        here = type(launcher).__name__ == "BasicLauncher"
         with progress.display([pack.specs for pack in jobs], self.quiet, here) as listener:
             if local:
                 sweep.measure_costs(prepared, listener)

@@ -31,7 +31,11 @@ from peftbench.engine.optimizer import PackedAdamW
 logger = logging.getLogger("peftbench")
 
 EAGER_STEPS = 2
-"""Steps of a shape before it is captured: they make what is made at first use, and a rarer shape is not worth it."""
+"""Steps of the first shape before it is captured: they make what is made at first use, by autograd, cuBLAS and others.
+
+Later shapes are captured after one step, in which kernels that differ by shape are made; a shape that comes only once
+is not worth a capture.
+"""
 
 Work = Callable[[], object]
 
@@ -103,8 +107,9 @@ class Shape:
 class GraphSteps:
     """Makes training steps and returns losses [R] like `train_step`, replaying what it has captured.
 
-    Every call is a real step. The first `eager_steps` of a shape are eager, the next is captured and replayed. A
-    capture that fails is announced once, and whatever is not captured by then stays eager.
+    Every call is a real step. The first `eager_steps` of the shape captured first are eager, of later shapes one step;
+    the next is captured and replayed. A capture that fails is announced once, and whatever is not captured by then
+    stays eager.
 
     Attributes:
         replayed: steps that were replays.
@@ -147,7 +152,8 @@ class GraphSteps:
         rows = self._table.index(np.concatenate([part.reshape(-1) for part in parts]))
         with self._recorder.running():
             shape.index.copy_(rows, non_blocking=True)
-            if shape.replay is None and shape.steps >= self._eager_steps and self.failure is None:
+            enough = min(1, self._eager_steps) if self.replayed else self._eager_steps
+            if shape.replay is None and shape.steps >= enough and self.failure is None:
                 shape.replay = self._captured(shape)
             done = self._optimizer.step_count
             if shape.replay is None:

@@ -42,7 +42,7 @@ def scrambled(x, key):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def keeps(seed_ptr, program, first, threshold, queries: tl.constexpr, keys: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return which shares dropout keeps [queries, keys], from query `first` on: the same at every call with one seed."""
+    """Return which shares dropout keeps [queries, keys], from query `first` on; with one seed always the same."""
     seed = tl.load(seed_ptr)
     start = scrambled(seed.to(tl.uint32) ^ program.to(tl.uint32), (seed >> 32).to(tl.uint32))
     start = scrambled(start ^ (start >> 16), program.to(tl.uint32))

@@ -83,7 +83,8 @@ def _attend(
     """SDPA, or our own kernel where every query sees the same few keys."""
     if _plain(module, attention_mask, kwargs):
         dropout = kwargs.get("dropout", 0.0)
-        if fits(query, key, value, attention_mask, dropout):
+        # without gradients it gains too little for a kernel to be compiled
+        if torch.is_grad_enabled() and fits(query, key, value, attention_mask, dropout):
             scale = kwargs.get("scaling")
             scale = query.shape[3] ** -0.5 if scale is None else scale
             return short_attention(query, key, value, attention_mask, scale, dropout).transpose(1, 2), None
