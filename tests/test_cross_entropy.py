@@ -318,3 +318,70 @@ def test_the_script_that_compares_it_runs_and_keeps_its_records(monkeypatch, tmp
         assert chunked["gradient_error"] < 1.2 * all_logits["gradient_error"] < 0.01
         assert chunked["over_plain"] == pytest.approx(chunked["seconds"]["p50"] / all_logits["seconds"]["p50"], 1e-3)
     assert capsys.readouterr().out.count("300x16x1001") == 6
+
+
+SMOOTHING = (0.1, 0.0, 0.7)
+
+
+def smoothed(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, upstream: Tensor):
+    """Return PyTorch's sums of three equal parts of the rows, smoothed as above, and gradients, all in float64."""
+    x, w = (t.detach().double().requires_grad_() for t in (hidden, weight))
+    logits = x @ w.t() if bias is None else x @ w.t() + bias.double()
+    parts = zip(logits.chunk(len(upstream)), labels.chunk(len(upstream)), SMOOTHING, strict=False)
+    sums = torch.stack([cross_entropy(z, y, label_smoothing=e, reduction="sum") for z, y, e in parts])
+    return sums.detach(), *torch.autograd.grad(sums @ upstream.double(), (x, w))
+
+
+@devices
+@dtypes
+@pytest.mark.parametrize("shape", [(12, 16, 70, 5), (6, 32, 1000, 2), (9, 24, 9001, None)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_smoothed_sums_and_gradients_are_those_of_float64_for_each_group(shape, dtype, bias, device):
+    hidden, weight, labels, offset = problem(*shape[:3], dtype, device, bias)
+    upstream = torch.tensor([0.5, 2.0, 1.0], device=device)
+    rates = torch.tensor(SMOOTHING, device=device)
+    sums = linear_cross_entropy(hidden, weight, labels, offset, groups=3, chunk=shape[3], smoothing=rates)
+    (gradient,) = torch.autograd.grad(sums @ upstream, hidden)
+    want, by_hidden, _ = smoothed(hidden, weight, labels, offset, upstream)
+    close(sums, want, TOLERANCE[dtype])
+    close(gradient, by_hidden, TOLERANCE[dtype])
+    assert gradient.dtype == dtype
+    with torch.no_grad():
+        again = linear_cross_entropy(hidden, weight, labels, offset, groups=3, chunk=shape[3], smoothing=rates)
+    close(again, sums.double(), 1e-6)
+    plain = linear_cross_entropy(hidden, weight, labels, offset, groups=3, chunk=shape[3])
+    assert torch.equal(sums[1], plain[1])
+
+
+@devices
+@dtypes
+def test_smoothing_reaches_a_weight_that_trains(dtype, device):
+    hidden, weight, labels, offset = problem(12, 16, 70, dtype, device, True)
+    weight.requires_grad_()
+    rates = torch.tensor(SMOOTHING[:1], device=device)
+    total = linear_cross_entropy(hidden, weight, labels, offset, groups=1, chunk=5, smoothing=rates)
+    found = torch.autograd.grad(3 * total.sum(), (hidden, weight))
+    want, *gradients = smoothed(hidden, weight, labels, offset, torch.tensor([3.0], device=device))
+    close(total, want, TOLERANCE[dtype])
+    for own, right, parameter in zip(found, gradients, (hidden, weight), strict=True):
+        close(own, right, TOLERANCE[dtype])
+        assert own.dtype == parameter.dtype
+
+
+@devices
+def test_smoothing_passes_by_what_is_ignored(device):
+    hidden, weight, labels, offset = problem(6, 8, 70, torch.float32, device, True)
+    hidden.data[1] = torch.nan
+    rates = torch.tensor([0.3], device=device)
+    total = linear_cross_entropy(hidden, weight, labels, offset, groups=1, chunk=2, smoothing=rates)
+    total.sum().backward()
+    assert total.isfinite().all()
+    assert hidden.grad.isfinite().all()
+    assert not hidden.grad[labels == -100].any()
+
+
+def test_smoothing_wants_one_number_for_each_group():
+    hidden, weight, labels, _ = problem(12, 16, 70, torch.float32, "cpu")
+    for groups in (None, 2):
+        with pytest.raises(ValueError, match=f"smoothing: expected one number for each of groups={groups}, not 3"):
+            linear_cross_entropy(hidden, weight, labels, groups=groups, smoothing=torch.tensor(SMOOTHING))

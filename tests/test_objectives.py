@@ -16,7 +16,8 @@ import peftbench
 from peftbench.engine import objectives
 from peftbench.engine.batches import TokenTable
 from peftbench.engine.evaluation import ChoiceEvaluator, LossEvaluator
-from peftbench.engine.objectives import TextObjective
+from peftbench.engine.heads import PackedHead
+from peftbench.engine.objectives import HeadObjective, TextObjective
 from peftbench.errors import UserError
 from peftbench.kernels import cross_entropy
 from peftbench.methods.adapter import named_method
@@ -279,3 +280,101 @@ def test_losses_label_by_label_of_a_trained_output_layer_are_made_of_all_logits(
     losses = TextObjective(model, adapter, 1, seq2seq=False).token_losses(labelled(2))
     losses.sum().backward()
     assert model.get_output_embeddings().weight.grad is not None
+
+
+# Label smoothing, a run's own.
+
+RATES = (0.1, 0.0, 0.4)
+
+
+class Still:
+    """An adapter that changes nothing."""
+
+    def penalty(self) -> None: ...
+
+    def condition(self, tasks: Tensor | None) -> None: ...
+
+
+def head_case(classes: list[range] | None) -> tuple[HeadObjective, dict[str, Tensor], Tensor, Tensor]:
+    """Return an objective of three runs, rows, and the weights and outputs that its losses follow from."""
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    head = PackedHead("linear", 8, 5, generators, 0.0)
+    head.out.data.mul_(50)
+    states = torch.randn(12, 1, 8, generator=torch.Generator().manual_seed(3))
+
+    class Model(nn.Linear):
+        def forward(self, **_: Any) -> Any:
+            return type("Output", (), {"last_hidden_state": states})
+
+    objective = HeadObjective(Model(1, 1), Still(), head, "first", classes, smoothing=RATES)
+    tasks = torch.tensor([0, 1, 0, 1] * 3)
+    targets = torch.tensor([0, 3, 1, 4] * 3)
+    rows = {"input_ids": torch.zeros(12, 1), "attention_mask": torch.ones(12, 1), "targets": targets, "task_ids": tasks}
+    weight = head.out.detach().double().requires_grad_()
+    return objective, rows, weight, torch.bmm(states.view(3, 4, 8).double(), weight)
+
+
+@pytest.mark.parametrize("classes", [None, [range(2), range(2, 5)]], ids=["one task", "two tasks"])
+def test_smoothed_losses_of_a_head_are_pytorch_s_run_by_run(classes):
+    """In a mixture a row's classes are those of its task, and so is what its label is spread over."""
+    objective, rows, weight, outputs = head_case(classes)
+    losses = objective.loss_sum(rows)
+    own = [range(5)] if classes is None else classes
+    tasks = [0] * 12 if classes is None else rows["task_ids"].tolist()
+    want = torch.stack(
+        [
+            sum(
+                nn.functional.cross_entropy(
+                    outputs[run, i, list(own[tasks[4 * run + i]])],
+                    rows["targets"][4 * run + i] - own[tasks[4 * run + i]].start,
+                    label_smoothing=RATES[run],
+                )
+                for i in range(4)
+            )
+            for run in range(3)
+        ]
+    )
+    torch.testing.assert_close(losses.double(), want, rtol=1e-6, atol=1e-6)
+    factors = torch.tensor([1.0, 3.0, 0.5])
+    (losses @ factors).backward()
+    (right,) = torch.autograd.grad(want @ factors.double(), weight)
+    torch.testing.assert_close(objective.head.out.grad.double(), right, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["all logits", "by chunks"])
+@pytest.mark.parametrize("family", ["tiny-llama", "tiny-t5"])
+def test_smoothed_losses_of_text_are_pytorch_s_run_by_run(family, chunked, monkeypatch):
+    monkeypatch.setattr(objectives, "LOGITS_BYTES", 0 if chunked else math.inf)
+    model = fresh(family, formulation="text").double()
+    adapter = peftbench.attach(model, named_method("lora", {"rank": 2}), runs=3, seeds=[0, 1, 2])
+    disturb(adapter)
+    for delta in adapter.parameters():
+        delta.data = delta.data.double()
+    seq2seq = model.config.is_encoder_decoder
+    parts = [labelled(2, seed, seq2seq=seq2seq) for seed in range(3)]
+    rows = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+    objective = TextObjective(model, adapter, 3, seq2seq=seq2seq, smoothing=RATES)
+
+    def gradients(losses: Tensor) -> list[Tensor]:
+        factors = torch.tensor([1.0, 3.0, 0.5], dtype=losses.dtype)
+        return list(torch.autograd.grad(losses @ factors, adapter.parameters()))
+
+    losses = objective.loss_sum(rows)
+    labels = rows["labels"] if seq2seq else nn.functional.pad(rows["labels"][:, 1:], (0, 1), value=-100)
+    inputs = {k: v for k, v in rows.items() if k != "labels"}
+    inputs |= {"decoder_input_ids": model._shift_right(labels)} if seq2seq else {}
+    logits = model(**inputs, use_cache=False).logits
+    want = torch.stack(
+        [
+            nn.functional.cross_entropy(z.flatten(0, 1), y.flatten(), label_smoothing=e, reduction="sum")
+            for z, y, e in zip(logits.chunk(3), labels.chunk(3), RATES, strict=True)
+        ]
+    )
+    torch.testing.assert_close(losses.double(), want, rtol=1e-6, atol=0)
+    for found, right in zip(gradients(losses), gradients(want), strict=True):
+        assert (found - right).abs().max() <= 1e-5 * max(right.abs().max().item(), 1e-2)
+    # evaluation is of plain losses
+    plain = TextObjective(model, adapter, 3, seq2seq=seq2seq)
+    with torch.no_grad():
+        assert torch.equal(objective.token_losses(rows), plain.token_losses(rows))
+        assert not torch.allclose(plain.loss_sum(rows)[0].double(), losses[0].double())

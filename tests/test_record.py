@@ -24,6 +24,11 @@ def test_run_id_reads_as_names_seed_and_hash():
         ("train.batch_size", 16),
         ("train.epochs", 2.0),
         ("train.steps", 10),
+        ("train.label_smoothing", 0.1),
+        ("train.base_dropout", 0.0),
+        ("task.beams", 10),
+        ("task.no_repeat_ngram", 4),
+        ("task.layout", "table"),
         ("seed", 1),
         ("protocol", "paper"),
         ("identity.weights", "other"),
@@ -39,7 +44,19 @@ def test_what_changes_the_result_changes_the_id(spec, key, value):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("profile.steps", 5), ("profile.enabled", False), ("device", "cuda"), ("train.eval_batch_size", 1)],
+    [
+        ("profile.steps", 5),
+        ("profile.enabled", False),
+        ("device", "cuda"),
+        ("train.eval_batch_size", 1),
+        ("train.label_smoothing", 0.0),
+        ("train.base_dropout", None),
+        ("task.beams", 1),
+        ("task.length_penalty", 1.0),
+        ("task.no_repeat_ngram", 0),
+        ("task.no_repeat_within", "text"),
+        ("task.layout", "lines"),
+    ],
 )
 def test_what_changes_no_result_keeps_the_id(spec, key, value):
     assert make_spec(**{key: value}).run_id == spec.run_id
@@ -72,6 +89,9 @@ def test_profiles_are_shared_by_runs_of_equal_cost(spec):
     )
     for change in same:
         assert profile_id(make_spec(**change), free) == profile_id(spec, free)
+    dear = ({"train.label_smoothing": 0.1}, {"train.base_dropout": 0.0})
+    assert len({profile_id(make_spec(**change), free) for change in ({}, *dear)}) == 3
+    assert profile_id(make_spec(**{"train.label_smoothing": 0.2}), free) == profile_id(make_spec(**dear[0]), free)
     other = ({"method.rank": 4}, {"train.batch_size": 8}, {"train.precision": "bf16"}, {"identity.device_kind": "x"})
     for change in other:
         assert profile_id(make_spec(**change), free) != profile_id(spec, free)

@@ -231,6 +231,20 @@ def test_what_cannot_be_given_here_decides_and_what_is_not_compared_is_noted():
     assert found(row(settings=row().settings | same), record()) == {}
 
 
+def test_smoothing_and_generation_are_compared_and_go_without_where_nobody_says():
+    stated = {"label_smoothing": 0.1, "beam": 10, "length_penalty": 0.8, "no_repeat_ngram": 4}
+    ours = {"train.label_smoothing": 0.1, "task.beams": 10, "task.length_penalty": 0.8, "task.no_repeat_ngram": 4}
+    names = ("label smoothing", "beams of generated texts", "length penalty", "n-grams that come once")
+    made = row(settings=row().settings | stated)
+    assert found(made, record(**ours)) == {}
+    assert found(made, record()) == dict.fromkeys(names, True)
+    for name, key in zip(names, ours, strict=True):
+        assert found(made, record(**ours | {key: 1})) == {name: True}
+    assert found(row(), record(**ours)) == dict.fromkeys(names, False)
+    worded = row(settings=row().settings | stated | {"length_penalty": "0.9 (paper) / 0.8 (README)"})
+    assert found(worded, record(**ours)) == {"length penalty": False}
+
+
 def test_feed_forward_targets_are_compared_apart():
     given = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
     made = row(settings=row().settings | given)
@@ -415,7 +429,10 @@ def test_lists(capsys, monkeypatch, tmp_path):
         (["lorra"], "no such paper or row; did you mean 'lora'?"),
         (["counts", "gpt-9"], "no such count"),
         (["claims", "x"], "claims takes no further name"),
-        (["dora", "--run"], "there is no experiment reproduce-dora"),
+        (["dora", "--run"], "there is no experiment reproduce-dora; its claims have claims-methods"),
+        (["tinker", "--run"], "there is no experiment reproduce-tinker to run (there are claims-lora, "),
+        (["lwr-rl-bits", "--run"], "no training decides it"),
+        (["claims-memory", "--run"], "no sweep; it is measured by"),
         (["--run"], "--run: expected one paper"),
         (["lora", "--cost", "--rate", "-1"], "expected FLOP/s above 0"),
         (["lora", "--results", "nowhere"], "--results nowhere: no such folder"),

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.torch import load_file
+from torch import nn
 
 from peftbench import resolve
+from peftbench.assembly import Setting, assembled
 from peftbench.errors import UserError
+from peftbench.methods.base import RunDropout
 from peftbench.progress import Quiet
 from peftbench.record import RunRecord, RunSpec
 from peftbench.run import run_pack
@@ -93,6 +96,41 @@ def test_a_head_has_a_learning_rate_of_its_own_whoever_shares_the_pack(tmp_path:
 def test_a_head_s_rate_without_a_head_is_refused() -> None:
     with pytest.raises(UserError, match=r"train\.head_learning_rate=0\.1: task tiny has no head"):
         tiny(model="tiny-gpt2", task__formulation="text", train__head_learning_rate=0.1)
+
+
+@pytest.mark.parametrize("given", [{}, {"model": "tiny-gpt2", "task__formulation": "text"}], ids=["head", "text"])
+def test_labels_are_smoothed_as_each_run_says_whoever_shares_the_pack(given: dict[str, Any], tmp_path: Path) -> None:
+    pack = tiny(method="lora", train__steps=4, train__label_smoothing=[0.0, 0.1, 0.5], **given)
+    assert len({spec.run_id for spec in pack}) == 3
+    grid = {"model": ["tiny-bert"], "task": ["tiny"], "train.label_smoothing": [0.0, 0.1]}
+    plan = resolve.plan(resolve.demand(grid, None), "cpu")
+    assert [len(group) for group in plan.packs(plan.specs, 8)] == [2]
+    same_traces(pack, tmp_path)
+    losses = [record.trace["loss"][0] for record in run(pack, tmp_path / "again") if record.trace]
+    assert len({f"{loss:.4f}" for loss in losses}) == 3
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
+def test_a_smoothing_that_is_no_share_is_refused(value: float) -> None:
+    with pytest.raises(UserError, match=r"^train\.label_smoothing=\S+: expected at least 0 and below 1$"):
+        tiny(train__label_smoothing=value)
+
+
+def test_a_regression_has_no_labels_to_smooth() -> None:
+    with pytest.raises(UserError, match=r"^train\.label_smoothing=0\.1: task tiny is a regression, which has no"):
+        tiny(task__predict="value", train__label_smoothing=0.1)
+
+
+def test_the_base_has_a_dropout_of_its_own() -> None:
+    (spec,) = tiny(model="tiny-gpt2", method="lora", method__dropout=0.25, train__dropout=None, train__base_dropout=0.0)
+    (both,) = tiny(model="tiny-gpt2", method="lora", method__dropout=0.25, train__dropout=0.5, train__base_dropout=0.1)
+    for one, base, own in ((spec, 0.0, 0.25), (both, 0.1, 0.5)):
+        with assembled(Setting.of([one])) as assembly:
+            found = {m.p for m in assembly.backbone.model.modules() if isinstance(m, nn.Dropout)}
+            assert found == {base}
+            rates = [m.rates for _, d in assembly.adapter.parts for m in d.modules() if isinstance(m, RunDropout)]
+            assert rates
+            assert all(rate == [own] for rate in rates)
 
 
 def test_a_run_in_a_pack_gives_the_trace_it_gives_alone(tmp_path: Path) -> None:

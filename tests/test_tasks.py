@@ -15,11 +15,21 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from peftbench.errors import UserError
+from peftbench.models import tokenizer as builtin
 from peftbench.tasks import build, source
 from peftbench.tasks.base import carve, carve_validation, encode_pairs, encode_prompts, encode_texts, text_key
 from peftbench.tasks.choice import Choice, candidates
 from peftbench.tasks.glue import TASKS, Glue
-from peftbench.tasks.instruct import Alpaca, Arithmetic, E2e, Gsm8k, canonical_number, final_number, last_number
+from peftbench.tasks.instruct import (
+    Alpaca,
+    Arithmetic,
+    E2e,
+    Gsm8k,
+    as_table,
+    canonical_number,
+    final_number,
+    last_number,
+)
 from peftbench.tasks.movie_reviews import MovieReviews, package_file, without_duplicates
 from peftbench.tasks.tiny import Tiny
 
@@ -589,6 +599,35 @@ def test_e2e_groups_references_by_meaning_except_in_train(data):
     assert task.parse(" X one \nMeaning: ...") == "X one "
     assert task.prompt_answer(splits["test"][0]) == ("Meaning: x\nText:", " X one")
     assert task.metrics(["X two", "Z"], [["X one", "X two"], ["Y"]])["rouge_l"] == pytest.approx(0.5)
+
+
+def test_e2e_s_scores_mind_no_case():
+    task = E2e(name="e2e")
+    references = [["The Mill is near the riverside.", "a pub"], ["Cheap food at the Mill, yes."]]
+    spoken = ["THE mill is near The Riverside.", "cheap food at the mill, yes."]
+    assert task.metrics(spoken, references)["bleu"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "seq2seq"])
+def test_e2e_s_table_is_laid_out_as_lora_s_authors_do(kind):
+    """Their example: `name : Blue Spice | Type : pub | food : Chinese | area : city centre | family friendly : no`."""
+    meaning = "name[Blue Spice], eatType[pub], food[Chinese], area[city centre], familyFriendly[no]"
+    table = "name : Blue Spice | Type : pub | food : Chinese | area : city centre | family friendly : no"
+    assert as_table(meaning) == table
+    assert as_table("priceRange[£20-25], customer rating[3 out of 5], near[Café Sicilia]") == (
+        "price : £20-25 | customer rating : 3 out of 5 | near : Café Sicilia"
+    )
+    task, words = E2e(name="e2e", layout="table"), builtin.build(kind)
+    rows = [{"meaning_representation": meaning, "references": ["A pub."]}]
+    whole, prompt = task.encode(rows, words, 192, kind), task.encode_prompts(rows, words, 192, kind)
+    end = [words.eos_token_id]
+    assert prompt.input_ids == [words(table, add_special_tokens=False)["input_ids"] + end]
+    answer = words(" A pub.", add_special_tokens=False)["input_ids"] + end
+    if kind == "seq2seq":
+        assert (whole.input_ids, whole.labels) == (prompt.input_ids, [answer])
+    else:
+        assert whole.input_ids == [prompt.input_ids[0] + answer]
+        assert whole.labels == [[-100] * len(prompt.input_ids[0]) + answer]
 
 
 def test_candidates_are_read_from_the_instruction():
