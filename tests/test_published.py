@@ -13,6 +13,7 @@ from peftbench.errors import UserError
 TABLES = sorted(path.stem for path in published.FOLDER.glob("*.csv"))
 KEYS = {
     "claims": "claim",
+    "reasons": "row",
     "sizes": "task",
     "surprises": "text",
     "papers": "paper",

@@ -8,7 +8,7 @@ import pytest
 from peftbench import published
 from peftbench.record import RunRecord
 from peftbench.reproduce import claims, measured
-from peftbench.reproduce.claims import Arm
+from peftbench.reproduce.arms import Arm
 from peftbench.reproduce.records import configurations
 from peftbench.reproduce.verdicts import CONTRADICTED, HOLDS, NOT_RUN, UNDECIDED
 from peftbench.resolve import demand
@@ -293,6 +293,14 @@ def test_claims_are_not_run_without_records_and_their_experiments_can_give_what_
         methods = {m for g in grids for m in g["method"]}
         assert {claim.settings[k]["name"] for k in ("first", "second") if k in claim.settings} <= methods
         assert {claim.settings[k] for k in ("method", "reference") if k in claim.settings} <= methods
+        assert {*claim.settings.get("methods", ()), *(s["name"] for s in claim.settings.get("others", ()))} <= methods
+        given = {m for g in grids for m in g["model"]}
+        assert {*claim.settings.get("expected", ()), *claim.settings.get("rates", ())} <= given, claim.id
+        for model, rate in claim.settings.get("rates", {}).items():
+            own = [g for g in grids if g["model"] == [model] and g["method"] == [claim.settings["method"]]]
+            assert any(rate in g["train.learning_rate"] for g in own), claim.id
+        steps = {*claim.settings.get("steps", ()), *((claim.settings["step"],) if "step" in claim.settings else ())}
+        assert all(s % e == 0 for s in steps for g in grids for e in g.get("train.evaluate_every", (s + 1,)))
         wanted = set(claim.settings.get("ranks", ())) | {claim.settings[k] for k in ("rank",) if k in claim.settings}
         given = {r for g in grids for r in g.get("method.rank", ())}
         assert wanted <= given, claim.id

@@ -175,13 +175,19 @@ def _experiment(name: str) -> str:
     from peftbench.reproduce.budget import experiment_of
     from peftbench.reproduce.measured import FOLDER
 
-    claim = published.claims().get(name)
-    if claim is not None and claim.experiment == FOLDER:
+    claims = published.claims()
+    claim = claims.get(name) or next((c for c in claims.values() if name in c.rows), None)
+    if name == FOLDER or (claim is not None and claim.experiment == FOLDER):
         raise UserError(f"{name}: no sweep; it is measured by python experiments/{FOLDER}/measure.py")
+    if name in published.reasons():
+        raise UserError(f"{name}: {published.reasons()[name]}")
     for found in (name, f"reproduce-{name}", claim.experiment if claim is not None else None):
         if found is not None and found in registry.experiments():
             return found
     found = experiment_of(published.chosen([name])[0])
+    own = sorted({c.experiment for c in claims.values() if c.paper.key == name and c.experiment != FOLDER})
+    if found is None and own:
+        raise UserError(f"{name}: there is no experiment reproduce-{name}; its claims have {', '.join(own)}")
     if found is None:
         ready = ", ".join(n for n in registry.experiments() if n.startswith(("reproduce-", "claims-")))
         raise UserError(f"{name}: there is no experiment reproduce-{name} to run (there are {ready})")

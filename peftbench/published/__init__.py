@@ -3,7 +3,8 @@
 The tables beside this file hold facts: `values.csv` one reported figure a row, `counts.csv` one parameter count a row,
 `papers.csv` the citations, `protocols.csv` how rows were obtained (by the longest prefix of their ids), `metrics.csv`,
 `models.csv`, `methods.csv` and `tasks.csv` what a reported name is called here (empty: not here), `architectures.csv`
-the shapes of the models, `texts.csv` longer texts that other tables name by key. Imports no torch.
+the shapes of the models, `claims.csv` orderings and ratios with their criteria, `reasons.csv` why a row has none and can
+have none, `texts.csv` longer texts that other tables name by key. Imports no torch.
 """
 
 import csv
@@ -320,3 +321,9 @@ def claims() -> dict[str, Claim]:
         )
         for r in table("claims")
     }
+
+
+@functools.cache
+def reasons() -> dict[str, str]:
+    """Return id → why no run could decide that row."""
+    return {r["row"]: r["reason"] for r in table("reasons")}

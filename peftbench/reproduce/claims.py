@@ -13,119 +13,32 @@ side might do better still, and what that could overturn is not said.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from peftbench.analysis import intervals
 from peftbench.published import Claim
+from peftbench.reproduce import ratios, trends
+from peftbench.reproduce.arms import (
+    EDGE,
+    Arm,
+    Found,
+    arms,
+    at_edge,
+    best,
+    decided,
+    described,
+    ends_text,
+    good_rates,
+    ids_of,
+    in_unit,
+    interval,
+    missing,
+    of,
+    reaches_edge,
+)
 from peftbench.reproduce.records import Configuration
 from peftbench.reproduce.verdicts import CONTRADICTED, HOLDS, NOT_RUN, UNDECIDED, Verdict
-
-EDGE = "a rate at the edge of its grid cannot be told from the best"
-
-
-@dataclass(frozen=True)
-class Arm:
-    """The runs of one configuration: its learning rate, and scores by seed, larger for better.
-
-    `point` is what a margin of one point is in their unit.
-    """
-
-    settings: Mapping[str, Any]
-    rate: float
-    validation: tuple[float, ...]
-    test: tuple[float, ...]
-    records: tuple[str, ...]
-    point: float = 1.0
-
-    @property
-    def merit(self) -> float:
-        """Return the mean on validation."""
-        return sum(self.validation) / len(self.validation)
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a rule says of one task, and the records that it looked at."""
-
-    verdict: str
-    reason: str
-    records: tuple[str, ...] = ()
-
-
-def arms(configurations: Sequence[Configuration], task: str) -> list[Arm]:
-    """Return the configurations of a task that completed, as a rule sees them."""
-    found = []
-    for c in configurations:
-        spec = c.spec
-        if spec["task"]["name"] != task or not c.completed:
-            continue
-        quality = c.completed[0]["quality"]
-        metric, up = quality["primary_metric"], quality.get("greater_is_better", True)
-        factor = 100.0 if up else -1.0
-        validation, test = c.scores("validation", metric), c.scores("test", metric)
-        seeds = sorted(set(validation) & set(test))
-        if seeds:
-            ids = tuple(r["run_id"] for r in c.completed)
-            scores = [tuple(factor * side[s] for s in seeds) for side in (validation, test)]
-            rate = float(spec["train"]["learning_rate"])
-            found.append(Arm(spec["method"], rate, scores[0], scores[1], ids, 1.0 if up else 0.01))
-    return found
-
-
-def of(found: Sequence[Arm], method: str, **settings: Any) -> list[Arm]:
-    """Return the arms of a method with these settings, by learning rate."""
-    chosen = [
-        a for a in found if a.settings["name"] == method and all(a.settings.get(k) == v for k, v in settings.items())
-    ]
-    return sorted(chosen, key=lambda a: a.rate)
-
-
-def best(candidates: Sequence[Arm]) -> Arm:
-    """Return the arm that does best on validation among those with the most seeds."""
-    most = max(len(a.validation) for a in candidates)
-    return max((a for a in candidates if len(a.validation) == most), key=lambda a: a.merit)
-
-
-def interval(first: Sequence[float], second: Sequence[float], comparisons: int = 1) -> tuple[float, float] | None:
-    """Return the ends of the interval of mean(first) − mean(second); None with a single seed on a side.
-
-    It is one of so many `comparisons` that shall hold together.
-    """
-    samples = [intervals.sample(range(len(side)), list(side)) for side in (first, second)]
-    confidence = 1 - (1 - intervals.CONFIDENCE) / max(comparisons, 1)
-    return intervals.interval(intervals.difference(samples[0], samples[1]), confidence)
-
-
-def at_edge(candidates: Sequence[Arm]) -> bool:
-    """Tell whether the best of three learning rates or more is the least or the largest."""
-    rates = [a.rate for a in candidates]
-    return len(set(rates)) > 2 and best(candidates).rate in (min(rates), max(rates))
-
-
-def reaches_edge(candidates: Sequence[Arm], rates: Sequence[float]) -> bool:
-    """Tell whether one of `rates` is the least or the largest of the candidates'."""
-    every = [a.rate for a in candidates]
-    return min(rates) == min(every) or max(rates) == max(every)
-
-
-def _ids(*chosen: Arm) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(i for arm in chosen for i in arm.records))
-
-
-def _missing(what: str) -> Found:
-    return Found(UNDECIDED, f"lacks {what}")
-
-
-def _text(ends: tuple[float, float]) -> str:
-    return f"[{ends[0]:+.3g}, {ends[1]:+.3g}]"
-
-
-def _margin(found: Sequence[Arm], points: float) -> float:
-    """Return a margin in the unit of the scores: points, or hundredths of a nat where scores are negative losses."""
-    return points * found[0].point
 
 
 def rank_insensitive(
@@ -139,10 +52,10 @@ def rank_insensitive(
     """
     by_rank = {r: of(found, method, rank=r) for r in ranks}
     if lacking := [r for r, candidates in by_rank.items() if not candidates]:
-        return _missing(f"rank {', '.join(map(str, lacking))}")
+        return missing(f"rank {', '.join(map(str, lacking))}")
     chosen = {r: best(candidates) for r, candidates in by_rank.items()}
     top = max(chosen, key=lambda r: chosen[r].merit)
-    limit, ids = _margin(found, margin), _ids(*chosen.values())
+    limit, ids = in_unit(found, margin), ids_of(*chosen.values())
     comparisons = tasks * (len(ranks) - 1)
     ends = {r: interval(chosen[top].test, chosen[r].test, comparisons) for r in ranks if r != top}
     if any(e is None for e in ends.values()):
@@ -150,23 +63,16 @@ def rank_insensitive(
     known = {r: e for r, e in ends.items() if e is not None}
     if beaten := [r for r, e in known.items() if e[0] > limit and not at_edge(by_rank[r])]:
         worst = max(beaten, key=lambda r: known[r][0])
-        return Found(CONTRADICTED, f"rank {top} beats rank {worst} by {_text(known[worst])}, more than {limit:g}", ids)
+        return Found(
+            CONTRADICTED, f"rank {top} beats rank {worst} by {ends_text(known[worst])}, more than {limit:g}", ids
+        )
     widest = max(known, key=lambda r: known[r][1])
-    told = f"rank {top} over rank {widest}: {_text(known[widest])}"
+    told = f"rank {top} over rank {widest}: {ends_text(known[widest])}"
     if known[widest][1] > limit:
         return Found(UNDECIDED, f"{told} reaches beyond {limit:g}", ids)
     if at_edge(by_rank[top]):
         return Found(UNDECIDED, f"{told}, but rank {top} is best at the edge of its learning rates", ids)
     return Found(HOLDS, f"{told}, no rank is worse than rank {top} by more than {limit:g}", ids)
-
-
-def _decided(holds: bool, contradicted: bool, mine: Sequence[Arm], theirs: Sequence[Arm]) -> tuple[str, str]:
-    """Return the verdict on `mine` against `theirs`, unless an edge could overturn it, and then a word on that."""
-    if holds and at_edge(theirs):
-        return UNDECIDED, "; the reference is best at the edge of its learning rates"
-    if contradicted and at_edge(mine):
-        return UNDECIDED, "; it is best at the edge of its learning rates"
-    return HOLDS if holds else CONTRADICTED if contradicted else UNDECIDED, ""
 
 
 def not_worse(found: Sequence[Arm], *, method: str, rank: int, reference: str, margin: float, tasks: int = 1) -> Found:
@@ -177,13 +83,13 @@ def not_worse(found: Sequence[Arm], *, method: str, rank: int, reference: str, m
     """
     sides = of(found, method, rank=rank), of(found, reference)
     if not all(sides):
-        return _missing(reference if sides[0] else f"{method} at rank {rank}")
+        return missing(reference if sides[0] else f"{method} at rank {rank}")
     mine, theirs = best(sides[0]), best(sides[1])
-    limit, ends = _margin(found, margin), interval(mine.test, theirs.test, tasks)
+    limit, ends = in_unit(found, margin), interval(mine.test, theirs.test, tasks)
     if ends is None:
-        return Found(UNDECIDED, "needs two seeds a side", _ids(mine, theirs))
-    verdict, edge = _decided(ends[0] >= -limit, ends[1] < -limit, *sides)
-    return Found(verdict, f"{method} − {reference}: {_text(ends)}, margin {limit:g}{edge}", _ids(mine, theirs))
+        return Found(UNDECIDED, "needs two seeds a side", ids_of(mine, theirs))
+    verdict, edge = decided(ends[0] >= -limit, ends[1] < -limit, *sides)
+    return Found(verdict, f"{method} − {reference}: {ends_text(ends)}, margin {limit:g}{edge}", ids_of(mine, theirs))
 
 
 def difference_within(
@@ -202,12 +108,12 @@ def difference_within(
     side that came off worse by that is at an edge.
     """
     sides = [of(found, side["name"], **{k: v for k, v in side.items() if k != "name"}) for side in (first, second)]
-    names = [_told(side) for side in (first, second)]
+    names = [described(side) for side in (first, second)]
     if not all(sides):
-        return _missing(names[0] if not sides[0] else names[1])
+        return missing(names[0] if not sides[0] else names[1])
     mine, theirs = best(sides[0]), best(sides[1])
-    limits = _margin(found, low), None if high is None else _margin(found, high)
-    ends, ids = interval(mine.test, theirs.test, tasks), _ids(mine, theirs)
+    limits = in_unit(found, low), None if high is None else in_unit(found, high)
+    ends, ids = interval(mine.test, theirs.test, tasks), ids_of(mine, theirs)
     if ends is None:
         return Found(UNDECIDED, "needs two seeds a side", ids)
     holds = ends[0] >= limits[0] and (limits[1] is None or ends[1] <= limits[1])
@@ -217,16 +123,8 @@ def difference_within(
     edge = edge or (holds and high is not None and at_edge(sides[0]))
     verdict = UNDECIDED if edge else HOLDS if holds else CONTRADICTED if below or above else UNDECIDED
     claimed = f"at least {limits[0]:g}" if limits[1] is None else f"{limits[0]:g} to {limits[1]:g}"
-    told = f"{names[0]} − {names[1]}: {_text(ends)}, claimed {claimed}"
+    told = f"{names[0]} − {names[1]}: {ends_text(ends)}, claimed {claimed}"
     return Found(verdict, told + ("; a side is best at the edge of its learning rates" if edge else ""), ids)
-
-
-def _told(side: Mapping[str, Any]) -> str:
-    """Return a side's settings in words: "lora of rank 8 on mlp.up, mlp.down"."""
-    words = [str(side["name"])]
-    words += [f"of rank {side['rank']}"] if "rank" in side else []
-    words += [f"on {', '.join(side['targets'])}"] if "targets" in side else []
-    return " ".join(words)
 
 
 def gain(found: Sequence[Arm], *, method: str, key: str, baseline: float, least: float, tasks: int = 1) -> Found:
@@ -239,15 +137,15 @@ def gain(found: Sequence[Arm], *, method: str, key: str, baseline: float, least:
     base = of(found, method, **{key: baseline})
     others = [a for a in of(found, method) if a.settings.get(key) != baseline]
     if not base or not others:
-        return _missing(f"{key}={baseline:g}" if others else f"{key} other than {baseline:g}")
+        return missing(f"{key}={baseline:g}" if others else f"{key} other than {baseline:g}")
     mine, theirs = best(others), best(base)
-    limit, ends = _margin(found, least), interval(mine.test, theirs.test, tasks)
+    limit, ends = in_unit(found, least), interval(mine.test, theirs.test, tasks)
     if ends is None:
-        return Found(UNDECIDED, "needs two seeds a side", _ids(mine, theirs))
+        return Found(UNDECIDED, "needs two seeds a side", ids_of(mine, theirs))
     same = [a for a in others if a.settings[key] == mine.settings[key]]
-    verdict, edge = _decided(ends[0] > 0 and ends[1] >= limit, ends[1] < limit, same, base)
-    told = f"{key}={mine.settings[key]:g} gains {_text(ends)}, claimed {limit:g}{edge}"
-    return Found(verdict, told, _ids(mine, theirs))
+    verdict, edge = decided(ends[0] > 0 and ends[1] >= limit, ends[1] < limit, same, base)
+    told = f"{key}={mine.settings[key]:g} gains {ends_text(ends)}, claimed {limit:g}{edge}"
+    return Found(verdict, told, ids_of(mine, theirs))
 
 
 def better_at_largest(found: Sequence[Arm], *, method: str, reference: str, tasks: int = 1) -> Found:
@@ -259,38 +157,22 @@ def better_at_largest(found: Sequence[Arm], *, method: str, reference: str, task
     shared = {a.settings["rank"] for a in of(found, method)} & {a.settings["rank"] for a in of(found, reference)}
     lowest = min((a.settings["rank"] for a in of(found, reference)), default=None)
     if not shared or lowest is None or max(shared) == lowest:
-        return _missing("two ranks of the reference and the larger one of both methods")
+        return missing("two ranks of the reference and the larger one of both methods")
     largest = max(shared)
     rate = best(of(found, reference, rank=lowest)).rate
     curves = [of(found, name, rank=largest) for name in (method, reference)]
     sides = [[a for a in curve if a.rate == rate] for curve in curves]
     if not all(sides):
-        return _missing(f"both methods at rank {largest} and learning rate {rate:g}")
+        return missing(f"both methods at rank {largest} and learning rate {rate:g}")
     ends = interval(sides[0][0].test, sides[1][0].test, tasks)
-    ids = _ids(sides[0][0], sides[1][0])
+    ids = ids_of(sides[0][0], sides[1][0])
     if ends is None:
         return Found(UNDECIDED, "needs two seeds a side", ids)
     verdict = HOLDS if ends[0] > 0 else CONTRADICTED if ends[1] < 0 else UNDECIDED
-    told = f"rank {largest}, learning rate {rate:g}: {method} − {reference} {_text(ends)}"
+    told = f"rank {largest}, learning rate {rate:g}: {method} − {reference} {ends_text(ends)}"
     own = interval(best(curves[0]).test, best(curves[1]).test, tasks)
     rates = " and ".join(f"{best(curve).rate:g}" for curve in curves)
-    return Found(verdict, told if own is None else f"{told}; at their own best rates ({rates}) {_text(own)}", ids)
-
-
-def good_rates(candidates: Sequence[Arm], curves: int = 1) -> list[float]:
-    """Return the learning rates whose validation cannot be told from the best one's; that one is among them.
-
-    Args:
-        curves: so many are looked at like this.
-    """
-    comparisons = curves * (len(candidates) - 1)
-    top = best(candidates)
-    found = [top.rate]
-    for arm in candidates:
-        ends = interval(top.validation, arm.validation, comparisons)
-        if arm is not top and (ends is None or ends[0] <= 0):
-            found.append(arm.rate)
-    return sorted(found)
+    return Found(verdict, told if own is None else f"{told}; at their own best rates ({rates}) {ends_text(own)}", ids)
 
 
 def rate_ratio(found: Sequence[Arm], *, method: str, reference: str, low: float, high: float, tasks: int = 1) -> Found:
@@ -303,11 +185,11 @@ def rate_ratio(found: Sequence[Arm], *, method: str, reference: str, low: float,
     theirs = of(found, reference)
     ranks = sorted({a.settings.get("rank", 0) for a in of(found, method)})
     if not theirs or not ranks:
-        return _missing(reference if ranks else method)
+        return missing(reference if ranks else method)
     curves = {r: [a for a in of(found, method) if a.settings.get("rank", 0) == r] for r in ranks}
     if min(len(theirs), *(len(c) for c in curves.values())) < 3:
-        return _missing("three learning rates a side")
-    ids = _ids(*theirs, *(a for c in curves.values() for a in c))
+        return missing("three learning rates a side")
+    ids = ids_of(*theirs, *(a for c in curves.values() for a in c))
     ratios = {r: best(c).rate / best(theirs).rate for r, c in curves.items()}
     told = ", ".join(f"{v:.3g} at rank {r}" for r, v in ratios.items())
     compared = tasks * (len(curves) + 1)
@@ -333,8 +215,8 @@ def rates_agree(found: Sequence[Arm], *, method: str, ranks: Sequence[int], fact
     """
     curves = {r: of(found, method, rank=r) for r in ranks}
     if lacking := [r for r, c in curves.items() if len(c) < 3]:
-        return _missing(f"three learning rates at rank {', '.join(map(str, lacking))}")
-    ids = _ids(*(a for c in curves.values() for a in c))
+        return missing(f"three learning rates at rank {', '.join(map(str, lacking))}")
+    ids = ids_of(*(a for c in curves.values() for a in c))
     chosen = {r: best(c).rate for r, c in curves.items()}
     told = ", ".join(f"{v:.3g} at rank {r}" for r, v in chosen.items())
     limit = factor * (1 + 1e-9)
@@ -349,17 +231,20 @@ def rates_agree(found: Sequence[Arm], *, method: str, ranks: Sequence[int], fact
     return Found(verdict, f"best rates {told}, claimed within a factor of {factor:g}", ids)
 
 
-RULES: dict[str, Callable[..., Found]] = {
-    rule.__name__: rule
-    for rule in (rank_insensitive, not_worse, difference_within, gain, better_at_largest, rate_ratio, rates_agree)
-}
+RULES: dict[str, Callable[..., Found]] = (
+    {
+        rule.__name__: rule
+        for rule in (rank_insensitive, not_worse, difference_within, gain, better_at_largest, rate_ratio, rates_agree)
+    }
+    | ratios.RULES
+    | trends.RULES
+)
 
 
 def judge(claim: Claim, configurations: Sequence[Configuration]) -> tuple[Verdict, tuple[str, ...]]:
     """Judge a claim by the records of its experiment, told by the folder's name; returns the run ids too."""
     own = [c for c in configurations if Path(c.folder).name == claim.experiment]
     tasks = sorted({c.spec["task"]["name"] for c in own if c.completed})
-    models = sorted({c.spec["model"]["name"] for c in own})
     if not tasks or claim.rule not in RULES:
         return Verdict(NOT_RUN, f"needs python -m peftbench sweep experiment={claim.experiment}"), ()
     by_task = {task: RULES[claim.rule](arms(own, task), **claim.settings, tasks=len(tasks)) for task in tasks}
@@ -369,5 +254,6 @@ def judge(claim: Claim, configurations: Sequence[Configuration]) -> tuple[Verdic
     records = tuple(i for f in by_task.values() for i in f.records)
     if not records:
         return Verdict(NOT_RUN, reason), ()
-    here = ", ".join(models)
+    used = set(records)
+    here = ", ".join(sorted({c.spec["model"]["name"] for c in own if used & {r["run_id"] for r in c.completed}}))
     return Verdict(verdict, reason, transfer="" if here in claim.models else here), records

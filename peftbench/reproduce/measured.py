@@ -20,7 +20,7 @@ import numpy as np
 from peftbench.analysis import intervals
 from peftbench.errors import UserError
 from peftbench.published import Claim
-from peftbench.reproduce.claims import Found
+from peftbench.reproduce.arms import Found
 from peftbench.reproduce.verdicts import CONTRADICTED, HOLDS, NOT_RUN, UNDECIDED, Verdict
 
 FOLDER = "claims-memory"

@@ -63,6 +63,8 @@ def _statistic(row: Value) -> str:
 def needs(row: Value) -> list[str]:
     """Return what a run of this row would take here."""
     here, found = row.here, []
+    if row.id in published.reasons():
+        return [published.reasons()[row.id]]
     for what, name, ours in (("model", row.model, here.model), ("method", row.method, here.method)):
         if not ours:
             found.append(f"the {what} {name}" if name else f"a {what} that is named")
@@ -170,7 +172,7 @@ def _judged_claim(
 def claims_table(
     found: Sequence[Configuration], measurements: Sequence[Mapping[str, Any]] = ()
 ) -> tuple[Table, list[dict[str, Any]]]:
-    """Return all claims judged, as a table and as plain data."""
+    """Return all claims judged, as a table and as plain data; those that no run could decide come last."""
     rows, plain = [], []
     for claim, verdict, records in judged_claims(found, measurements):
         rows.append([claim.id, claim.statement, str(verdict), verdict.reason])
@@ -180,6 +182,15 @@ def claims_table(
             "measured": {"rule": claim.rule, "criterion": claim.settings, "experiment": claim.experiment},
             "verdict": verdict.verdict, "transfer": verdict.transfer or None, "reason": verdict.reason,
             "record": list(records) or None,
+        })  # fmt: skip
+    for row_id, reason in published.reasons().items():
+        row = published.values()[row_id]
+        statement = f"{row.method}, {row.task}: {row.metric.name} {row.value}."
+        rows.append([row.id, statement, NOT_RUN, reason])
+        plain.append({
+            "id": row.id, "published": {"paper": row.paper.key, "citation": row.paper.citation,
+            "statement": statement, "models": row.model, "rows": [row.id]},
+            "measured": None, "verdict": NOT_RUN, "transfer": None, "reason": reason, "record": None,
         })  # fmt: skip
     table = Table("claims", "Claims", ["claim", "statement", "verdict", "reason"], rows, pd.DataFrame(plain), 4)
     return table, plain
