@@ -6,11 +6,13 @@ import hashlib
 import math
 import os
 import random
+import re
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import matplotlib
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
@@ -394,6 +396,16 @@ def test_leaderboard_in_every_form():
     raw = list(csv.DictReader(tables.to_csv(table).splitlines()))
     assert raw[0]["adapter_parameters"] == "22565000.0"
     assert raw[-1]["variant"] == "head"
+
+
+def test_columns_with_sentences_wrap_in_latex():
+    table = tables.Table("t", "T", ["row", "why", "n"], [["a-row-of-its-own", "word " * 20, "1"]], pd.DataFrame(), 2)
+    latex = tables.to_latex(table)
+    widths = [float(w) for w in re.findall(r"p\{([\d.]+)\\linewidth\}", latex)]
+    assert len(widths) == 2
+    assert widths[0] < widths[1] < sum(widths) <= 0.8
+    assert "% needs booktabs and array" in latex
+    assert re.search(r"\\begin\{tabular\}\{.*r\}", latex)
 
 
 def test_what_a_reader_must_know_is_in_the_title_and_the_notes():

@@ -409,8 +409,14 @@ def test_lists(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert main(["reproduce", "--list"]) == 0
     assert "arXiv:2310.11454" in capsys.readouterr().out
+    assert main(["reproduce", "--list", "--json"]) == 0
+    papers = {p["paper"]: p for p in json.loads(capsys.readouterr().out)}
+    assert sum(p["rows"] for p in papers.values()) == len(published.values())
+    assert sum(p["claims"] for p in papers.values()) == len(published.claims())
+    assert papers["rslora"]["experiments"] == ["claims-rslora"]
     assert main(["reproduce", "vera", "--list", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)) == 71
+    rows = [r["id"] for r in json.loads(capsys.readouterr().out)]
+    assert (len(rows), rows[-1]) == (71 + 1, "vera-par")
     assert main(["reproduce", "vera", "--list"]) == 0
     out = capsys.readouterr().out
     assert "71 rows" in out
@@ -421,6 +427,29 @@ def test_lists(capsys, monkeypatch, tmp_path):
     assert main(["reproduce", "claims", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert all((r["verdict"] == NOT_RUN) == (r["record"] is None) for r in rows)
+    assert {r["id"] for r in rows} == {*published.claims(), *published.reasons()}
+
+
+def test_a_claim_is_a_row_too(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def ids(*names: str) -> list[str]:
+        assert main(["reproduce", *names, "--json"]) == 0
+        rows = json.loads(capsys.readouterr().out)
+        assert all({"id", "published", "measured", "verdict", "record"} <= set(r) for r in rows)
+        return [r["id"] for r in rows]
+
+    assert ids("folk-merged") == ["folk-merged"]
+    assert ids("folk-") == ids("folk")
+    assert ids("regret-ratio") == ["regret-ratio"]
+    assert ids("loraplus-gain") == ["loraplus-gain"]  # as it is called in both
+    assert ids("rslora") == ["rslora-gamma", "rslora-rank"]
+    assert "regret-ratio" not in ids("without-regret")  # its row is there
+    every = ids("all")
+    assert len(every) == len(set(every))
+    assert set(every) >= {*published.values(), "folk-merged", "lora-gap"}
+    assert main(["reproduce", "folk-merged", "--markdown"]) == 0
+    assert capsys.readouterr().out.startswith("# Claims\n\n| claim |")
 
 
 @pytest.mark.parametrize(
@@ -433,6 +462,8 @@ def test_lists(capsys, monkeypatch, tmp_path):
         (["tinker", "--run"], "there is no experiment reproduce-tinker to run (there are claims-lora, "),
         (["lwr-rl-bits", "--run"], "no training decides it"),
         (["claims-memory", "--run"], "no sweep; it is measured by"),
+        (["folk", "--run"], "no sweep; it is measured by"),
+        (["folk-merged", "--run"], "no sweep; it is measured by"),
         (["--run"], "--run: expected one paper"),
         (["lora", "--cost", "--rate", "-1"], "expected FLOP/s above 0"),
         (["lora", "--results", "nowhere"], "--results nowhere: no such folder"),

@@ -412,7 +412,8 @@ def to_markdown(table: Table) -> str:
 TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$",
-    "−": r"$-$", "–": "--", "…": r"\ldots{}", "µ": r"$\mu$", "×": r"$\times$", "\n": " ",
+    "−": r"$-$", "–": "--", "…": r"\ldots{}", "µ": r"$\mu$", "×": r"$\times$", "·": r"$\cdot$",
+    "\n": " ",
 }  # fmt: skip
 
 
@@ -421,13 +422,33 @@ def tex_escape(text: str) -> str:
     return "".join(TEX.get(c, c) for c in text)
 
 
+SENTENCE = 60
+"""A cell longer than this is one to wrap."""
+
+
+def _tex_columns(table: Table) -> list[str]:
+    """Return a column type each; where text has sentences, its columns wrap and share the line by how long they are."""
+    plain = ["l"] * table.text_columns + ["r"] * (len(table.headers) - table.text_columns)
+    longest = [max(map(len, column)) for column in zip(table.headers, *table.rows, strict=True)]
+    if max(longest[: table.text_columns], default=0) <= SENTENCE:
+        return plain
+    shares = [math.sqrt(n) for n in longest]
+    wrapped = r">{{\raggedright\arraybackslash}}p{{{:.2f}\linewidth}}"
+    return [
+        wrapped.format(0.8 * share / sum(shares)) if kind == "l" and n > 8 else kind
+        for kind, n, share in zip(plain, longest, shares, strict=True)
+    ]
+
+
 def to_latex(table: Table) -> str:
     """A `tabular` with booktabs rules, for `\\input` inside a float; title and notes are comments."""
-    spec = "l" * table.text_columns + "r" * (len(table.headers) - table.text_columns)
+    columns = _tex_columns(table)
+    packages = ["needs booktabs" + (" and array" if any("p{" in c for c in columns) else "")]
+    spec = "".join(columns)
     body = [" & ".join(map(tex_escape, row)) + r" \\" for row in table.rows]
     return "\n".join(
         [
-            *(f"% {line}" for line in (table.title, *table.notes)),
+            *(f"% {line}" for line in (table.title, *table.notes, *packages)),
             rf"\begin{{tabular}}{{{spec}}}",
             r"\toprule",
             " & ".join(map(tex_escape, table.headers)) + r" \\",

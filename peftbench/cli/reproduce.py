@@ -27,7 +27,7 @@ examples:
   python -m peftbench reproduce found > docs/found.md
   python -m peftbench reproduce lora --run
 
-names:  a paper's key, a row's id, the beginning of ids that ends in "-", all;
+names:  a paper's key, a row's or a claim's id, the beginning of ids that ends in "-", all;
         or counts (parameter counts, rebuilt from shapes), claims (orderings, ratios, memory, speed) and found (a page
         of all verdicts, the most surprising ones explained, and what is open)
 --list       the papers and their number of rows; of a paper, its rows
@@ -89,19 +89,17 @@ def _values(names: list[str], results: Sequence[str] | None, listed: bool, form:
     from peftbench import published
     from peftbench.reproduce import pages
 
-    rows = published.chosen(names)
     if listed and not names:
-        return _print(pages.list_table(rows), [{"paper": p.key, "citation": p.citation} for p in _papers(rows)], form)
+        return _print([pages.list_table()], form)
+    rows, claims = published.chosen(names), published.chosen_claims(names)
+    after = pages.bibliography([*rows, *claims])
     if listed:
         plain = [{"id": row.id, "published": row.to_dict()} for row in rows]
-        return _print(pages.rows_table(rows), plain, form, after=pages.bibliography(rows))
-    found = pages.judged(rows, _configurations(results), _measurements(results))
+        return _print([(pages.rows_table(rows), plain), pages.stated_table(claims)], form, after=after)
+    known = _configurations(results), _measurements(results)
+    found = pages.judged(rows, *known)
     table = pages.values_table(found, "Published figures and ours")
-    return _print(table, [one.to_dict() for one in found], form, after=pages.bibliography(rows))
-
-
-def _papers(rows: Sequence[Any]) -> list[Any]:
-    return list({row.paper.key: row.paper for row in rows}.values())
+    return _print([(table, [one.to_dict() for one in found]), pages.claims_table(*known, claims)], form, after=after)
 
 
 def _counts(names: list[str], form: str) -> int:
@@ -110,14 +108,14 @@ def _counts(names: list[str], form: str) -> int:
     found = counts.rebuild_all(names)
     rules = sorted({rule for r in found for rule in r.rules})
     after = "\n".join(f"- *{rule}*: {counts.RULES[rule]}" for rule in rules)
-    return _print(pages.counts_table(found), [r.to_dict() for r in found], form, after=after, always=True)
+    return _print([(pages.counts_table(found), [r.to_dict() for r in found])], form, after=after, always=True)
 
 
 def _claims(results: Sequence[str] | None, form: str) -> int:
     from peftbench.reproduce import pages
 
-    table, plain = pages.claims_table(_configurations(results), _measurements(results))
-    return _print(table, plain, form)
+    judged = pages.claims_table(_configurations(results), _measurements(results))
+    return _print([judged, pages.reasons_table()], form)
 
 
 def _found(results: Sequence[str] | None, form: str) -> int:
@@ -129,18 +127,28 @@ def _found(results: Sequence[str] | None, form: str) -> int:
     return 0
 
 
-def _print(table: Any, plain: list[dict[str, Any]], form: str, after: str = "", always: bool = False) -> int:
+def _print(parts: Sequence[tuple[Any, list[dict[str, Any]]]], form: str, after: str = "", always: bool = False) -> int:
+    """Print tables that have rows, one after another, or all of their plain data as one list.
+
+    Args:
+        parts: tables and the same as plain data.
+        after: what follows the tables on a page; `always` on the terminal too.
+    """
     from peftbench.analysis.tables import to_latex, to_markdown
 
     if form == "json":
-        print(json.dumps(plain, indent=1, ensure_ascii=False))
-    elif form == "latex":
-        print(to_latex(table))
+        print(json.dumps([row for _, plain in parts for row in plain], indent=1, ensure_ascii=False))
+        return 0
+    tables = [table for table, _ in parts if table.rows]
+    if form == "latex":
+        print("\n".join(map(to_latex, tables)))
     elif form == "markdown":
-        print(f"# {table.title}\n\n{to_markdown(table)}" + (f"\n\n{after}" if after else ""))
+        pages = [f"{'#' * (1 + bool(i))} {one.title}\n\n{to_markdown(one)}" for i, one in enumerate(tables)]
+        print("\n\n".join([*pages, *([after] if after else [])]))
     else:
         console = Console()
-        show_table(table, console if console.is_terminal else Console(width=220))
+        for table in tables:
+            show_table(table, console if console.is_terminal else Console(width=220))
         if after and always:
             print(after)
     return 0
@@ -177,17 +185,20 @@ def _experiment(name: str) -> str:
 
     claims = published.claims()
     claim = claims.get(name) or next((c for c in claims.values() if name in c.rows), None)
-    if name == FOLDER or (claim is not None and claim.experiment == FOLDER):
+    own = {c.experiment for c in claims.values() if name in (c.paper.key, c.id, *c.rows)}
+    if name == FOLDER or own == {FOLDER}:
         raise UserError(f"{name}: no sweep; it is measured by python experiments/{FOLDER}/measure.py")
     if name in published.reasons():
         raise UserError(f"{name}: {published.reasons()[name]}")
     for found in (name, f"reproduce-{name}", claim.experiment if claim is not None else None):
         if found is not None and found in registry.experiments():
             return found
-    found = experiment_of(published.chosen([name])[0])
-    own = sorted({c.experiment for c in claims.values() if c.paper.key == name and c.experiment != FOLDER})
+    rows = published.chosen([name])
+    found = experiment_of(rows[0]) if rows else None
     if found is None and own:
-        raise UserError(f"{name}: there is no experiment reproduce-{name}; its claims have {', '.join(own)}")
+        raise UserError(
+            f"{name}: there is no experiment reproduce-{name}; its claims have {', '.join(sorted(own - {FOLDER}))}"
+        )
     if found is None:
         ready = ", ".join(n for n in registry.experiments() if n.startswith(("reproduce-", "claims-")))
         raise UserError(f"{name}: there is no experiment reproduce-{name} to run (there are {ready})")

@@ -3,8 +3,8 @@
 The tables beside this file hold facts: `values.csv` one reported figure a row, `counts.csv` one parameter count a row,
 `papers.csv` the citations, `protocols.csv` how rows were obtained (by the longest prefix of their ids), `metrics.csv`,
 `models.csv`, `methods.csv` and `tasks.csv` what a reported name is called here (empty: not here), `architectures.csv`
-the shapes of the models, `claims.csv` orderings and ratios with their criteria, `reasons.csv` why a row has none and can
-have none, `texts.csv` longer texts that other tables name by key. Imports no torch.
+the shapes of the models, `claims.csv` orderings and ratios with their criteria, `reasons.csv` what no run could decide,
+`texts.csv` longer texts that other tables name by key. Imports no torch.
 """
 
 import csv
@@ -271,7 +271,7 @@ def chosen(names: list[str]) -> list[Value]:
     """Return the rows that `names` ask for: papers' keys, rows' ids, beginnings of ids that end in "-", or "all".
 
     Raises:
-        UserError: a name fits nothing.
+        UserError: a name fits nothing, no claim either.
     """
     known = values()
     found: dict[str, Value] = {}
@@ -281,8 +281,8 @@ def chosen(names: list[str]) -> list[Value]:
             for v in known.values()
             if name in ("all", v.id, v.paper.key) or (name.endswith("-") and v.id.startswith(name))
         ]
-        if not fits:
-            near = nearest(name, [*papers(), *known])
+        if not fits and not chosen_claims([name]):
+            near = nearest(name, [*papers(), *known, *claims()])
             raise UserError(f"{name}: no such paper or row{near} (python -m peftbench reproduce --list lists them)")
         found.update((v.id, v) for v in fits)
     return list(found.values())
@@ -321,6 +321,17 @@ def claims() -> dict[str, Claim]:
         )
         for r in table("claims")
     }
+
+
+def chosen_claims(names: list[str]) -> list[Claim]:
+    """Return the claims that `names` ask for beside rows: those named, and of papers those that no row stands for."""
+    found: dict[str, Claim] = {}
+    for name in names or ["all"]:
+        for claim in claims().values():
+            alone = not claim.rows and name in ("all", claim.paper.key)
+            if alone or name == claim.id or (name.endswith("-") and claim.id.startswith(name)):
+                found[claim.id] = claim
+    return [claim for claim in found.values() if claim.id not in values()]
 
 
 @functools.cache

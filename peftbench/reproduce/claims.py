@@ -245,15 +245,16 @@ def judge(claim: Claim, configurations: Sequence[Configuration]) -> tuple[Verdic
     """Judge a claim by the records of its experiment, told by the folder's name; returns the run ids too."""
     own = [c for c in configurations if Path(c.folder).name == claim.experiment]
     tasks = sorted({c.spec["task"]["name"] for c in own if c.completed})
+    needs = f"needs python -m peftbench sweep experiment={claim.experiment}"
     if not tasks or claim.rule not in RULES:
-        return Verdict(NOT_RUN, f"needs python -m peftbench sweep experiment={claim.experiment}"), ()
+        return Verdict(NOT_RUN, needs), ()
     by_task = {task: RULES[claim.rule](arms(own, task), **claim.settings, tasks=len(tasks)) for task in tasks}
     verdicts = [f.verdict for f in by_task.values()]
     verdict = CONTRADICTED if CONTRADICTED in verdicts else UNDECIDED if UNDECIDED in verdicts else HOLDS
     reason = "; ".join(f"{task}: {f.reason}" for task, f in by_task.items())
     records = tuple(i for f in by_task.values() for i in f.records)
     if not records:
-        return Verdict(NOT_RUN, reason), ()
+        return Verdict(NOT_RUN, f"{reason}; {needs}"), ()
     used = set(records)
     here = ", ".join(sorted({c.spec["model"]["name"] for c in own if used & {r["run_id"] for r in c.completed}}))
     return Verdict(verdict, reason, transfer="" if here in claim.models else here), records

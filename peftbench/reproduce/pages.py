@@ -133,7 +133,13 @@ def values_table(results: Sequence[Judged], title: str) -> Table:
     raw = pd.DataFrame([_raw(one) for one in results])
     counted = Counter(one.verdict.verdict for one in results)
     summary = ", ".join(f"{counted[v]} {v}" for v in VERDICTS if counted[v])
-    return Table("reproduce", title, headers, [_cells(one) for one in results], raw, 6, [f"{len(results)}: {summary}"])
+    return Table(
+        "reproduce", title, headers, [_cells(one) for one in results], raw, 6, [f"{_rows(len(results))}: {summary}"]
+    )
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'' if count == 1 else 's'}"
 
 
 def _raw(one: Judged) -> dict[str, Any]:
@@ -151,14 +157,18 @@ def _raw(one: Judged) -> dict[str, Any]:
 
 
 def judged_claims(
-    found: Sequence[Configuration], measurements: Sequence[Mapping[str, Any]] = ()
+    found: Sequence[Configuration],
+    measurements: Sequence[Mapping[str, Any]] = (),
+    chosen: Sequence[Claim] | None = None,
 ) -> list[tuple[Claim, Verdict, tuple[str, ...]]]:
-    """Return every claim with its verdict and the records that it rests on.
+    """Return claims with their verdicts and the records that these rest on.
 
     Args:
         measurements: of single configurations (`measured.load`), for claims that no training decides.
+        chosen: which claims; None for all.
     """
-    return [(claim, *_judged_claim(claim, found, measurements)) for claim in published.claims().values()]
+    asked = published.claims().values() if chosen is None else chosen
+    return [(claim, *_judged_claim(claim, found, measurements)) for claim in asked]
 
 
 def _judged_claim(
@@ -170,30 +180,37 @@ def _judged_claim(
 
 
 def claims_table(
-    found: Sequence[Configuration], measurements: Sequence[Mapping[str, Any]] = ()
+    found: Sequence[Configuration],
+    measurements: Sequence[Mapping[str, Any]] = (),
+    chosen: Sequence[Claim] | None = None,
 ) -> tuple[Table, list[dict[str, Any]]]:
-    """Return all claims judged, as a table and as plain data; those that no run could decide come last."""
+    """Return claims judged, as a table and as plain data; `chosen`: which, None for all."""
     rows, plain = [], []
-    for claim, verdict, records in judged_claims(found, measurements):
+    for claim, verdict, records in judged_claims(found, measurements, chosen):
         rows.append([claim.id, claim.statement, str(verdict), verdict.reason])
         plain.append({
-            "id": claim.id, "published": {"paper": claim.paper.key, "citation": claim.paper.citation,
-            "statement": claim.statement, "models": claim.models, "rows": list(claim.rows)},
+            "id": claim.id, "published": _stated(claim),
             "measured": {"rule": claim.rule, "criterion": claim.settings, "experiment": claim.experiment},
             "verdict": verdict.verdict, "transfer": verdict.transfer or None, "reason": verdict.reason,
             "record": list(records) or None,
         })  # fmt: skip
+    table = Table("claims", "Claims", ["claim", "statement", "verdict", "reason"], rows, pd.DataFrame(plain), 4)
+    return table, plain
+
+
+def reasons_table() -> tuple[Table, list[dict[str, Any]]]:
+    """Return what papers state and no run could decide, as a table and as plain data."""
+    rows, plain = [], []
     for row_id, reason in published.reasons().items():
         row = published.values()[row_id]
         statement = f"{row.method}, {row.task}: {row.metric.name} {row.value}."
         rows.append([row.id, statement, NOT_RUN, reason])
         plain.append({
-            "id": row.id, "published": {"paper": row.paper.key, "citation": row.paper.citation,
-            "statement": statement, "models": row.model, "rows": [row.id]},
-            "measured": None, "verdict": NOT_RUN, "transfer": None, "reason": reason, "record": None,
+            "id": row.id, "published": row.to_dict(), "measured": None, "verdict": NOT_RUN, "transfer": None,
+            "reason": reason, "record": None,
         })  # fmt: skip
-    table = Table("claims", "Claims", ["claim", "statement", "verdict", "reason"], rows, pd.DataFrame(plain), 4)
-    return table, plain
+    headers = ["row", "statement", "verdict", "reason"]
+    return Table("reasons", "Statements that no run could decide", headers, rows, pd.DataFrame(plain), 4), plain
 
 
 def counts_table(found: Sequence[Rebuilt]) -> Table:
@@ -209,16 +226,44 @@ def counts_table(found: Sequence[Rebuilt]) -> Table:
     summary = ", ".join(f"{n} {status}" for status, n in tally(found).items() if n)
     headers = ["row", "published", "closed form", "verdict", "rules", "why"]
     raw = pd.DataFrame([r.to_dict() for r in found])
-    return Table("counts", "Parameter counts", headers, rows, raw, 6, [f"{len(found)}: {summary}"])
+    return Table("counts", "Parameter counts", headers, rows, raw, 6, [f"{_rows(len(found))}: {summary}"])
 
 
-def list_table(rows: Sequence[Value]) -> Table:
-    """Return what there is: a paper a row."""
-    counted = Counter(row.paper.key for row in rows)
-    papers = [published.papers()[key] for key in counted]
-    cells = [[p.key, str(counted[p.key]), " ".join(experiments_of(p.key)) or MISSING, p.citation] for p in papers]
-    raw = pd.DataFrame([{"paper": p.key, "rows": counted[p.key], "citation": p.citation} for p in papers])
-    return Table("papers", "Published figures", ["paper", "rows", "experiment", "citation"], cells, raw, 4)
+def list_table() -> tuple[Table, list[dict[str, Any]]]:
+    """Return what there is, a paper a row, as a table and as plain data."""
+    rows = Counter(row.paper.key for row in published.values().values())
+    stated = published.claims().values()
+    claimed = Counter(claim.paper.key for claim in stated)
+    cells, plain = [], []
+    for p in published.papers().values():
+        own = dict.fromkeys([*experiments_of(p.key), *(c.experiment for c in stated if c.paper.key == p.key)])
+        if rows[p.key] or claimed[p.key]:
+            cells.append([p.key, str(rows[p.key]), str(claimed[p.key]), " ".join(own) or MISSING, p.citation])
+            plain.append({
+                "paper": p.key, "rows": rows[p.key], "claims": claimed[p.key], "experiments": list(own),
+                "citation": p.citation,
+            })  # fmt: skip
+    headers = ["paper", "rows", "claims", "experiments", "citation"]
+    return Table("papers", "Published figures", headers, cells, pd.DataFrame(plain), 5), plain
+
+
+def stated_table(chosen: Sequence[Claim]) -> tuple[Table, list[dict[str, Any]]]:
+    """Return claims as they are published, without judging them, as a table and as plain data."""
+    rows = [[c.id, c.statement, c.models, c.experiment] for c in chosen]
+    plain = [{"id": c.id, "published": _stated(c)} for c in chosen]
+    return Table(
+        "stated", "Claims", ["claim", "statement", "models", "experiment"], rows, pd.DataFrame(plain), 4
+    ), plain
+
+
+def _stated(claim: Claim) -> dict[str, Any]:
+    return {
+        "paper": claim.paper.key,
+        "citation": claim.paper.citation,
+        "statement": claim.statement,
+        "models": claim.models,
+        "rows": list(claim.rows),
+    }
 
 
 def rows_table(rows: Sequence[Value]) -> Table:
@@ -233,10 +278,10 @@ def rows_table(rows: Sequence[Value]) -> Table:
             MISSING if row.seeds is None else str(row.seeds), row.confidence, here or MISSING,
         ])  # fmt: skip
     raw = pd.DataFrame([{"id": row.id, **row.to_dict()} for row in rows])
-    return Table("published", "Published figures", headers, cells, raw, len(headers), [f"{len(rows)} rows"])
+    return Table("published", "Published figures", headers, cells, raw, len(headers), [_rows(len(rows))])
 
 
-def bibliography(rows: Sequence[Value]) -> str:
+def bibliography(rows: Sequence[Value | Claim]) -> str:
     """Return the citations of the rows' papers as a Markdown list."""
     keys = dict.fromkeys(row.paper.key for row in rows)
     return "\n".join(f"- **{key}**: {published.papers()[key].citation}" for key in keys)
