@@ -346,7 +346,7 @@ class E2e(Generating):
         return [list(row["references"]) for row in rows]
 
     def metrics(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float | None]:
-        """Return BLEU and ROUGE-L in lower case: the official script (github.com/tuetschek/e2e-metrics) minds no case."""
+        """Return BLEU and ROUGE-L in lower case: github.com/tuetschek/e2e-metrics, the official one, minds no case."""
         lower = [[text.lower() for text in each] for each in references]
         return _compute(["bleu", "rouge_l"], [text.lower() for text in predictions], lower)
 
