@@ -100,7 +100,7 @@ def put_verdicts(sources: Sequence[Source], values: Values) -> dict[str, Sheet]:
             for row, c in zip(claims.rows, plain, strict=True)
             if c["verdict"] != NOT_RUN
         ]
-        spec = rf"{RAGGED}p{{0.34\textwidth}}l{RAGGED}p{{0.4\textwidth}}"
+        spec = rf"{RAGGED}p{{0.3\textwidth}}{RAGGED}p{{0.2\textwidth}}{RAGGED}p{{0.42\textwidth}}"
         sheets["claims"] = Sheet(spec, ["claim", "verdict", "why"], lines)
     return sheets
 
