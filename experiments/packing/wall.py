@@ -234,13 +234,14 @@ def _rate(records: Iterable[Mapping[str, Any]], case: str, arm: str) -> float | 
 
 
 def draw(records: Sequence[Mapping[str, Any]], path: Path) -> list[Path]:
-    """Draw what a run of each arm takes, by what it is spent on; returns the files written."""
+    """Draw what a run of each arm takes, by what it is spent on, of calls with several; returns the files written."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    done = [r for r in records if r["status"] == "completed"]
+    calls_done = [[r for r in call if r["status"] == "completed"] for call in calls_of(records)]
+    done = [r for call in calls_done if len(call) > 1 for r in call] or [r for call in calls_done for r in call]
     figure, axes = pyplot.subplots(figsize=(6.2, 1.2 + 0.34 * len(done)), layout="constrained")
     calls = [(r["date"], r["command"]) for r in done]  # with a gap between them: arms of one call compare
     places = [i + 0.6 * len(dict.fromkeys(calls[: i + 1])) for i in range(len(done))]

@@ -21,7 +21,8 @@ CASES = {
     "smollm2": "LoRA runs of SmolLM2-135M",
 }
 SHORT = {"rte": "LoRA, RTE", "mixed": "mixed methods", "smollm2": "SmolLM2"}
-ALONE = ("hf", "eager", "1")
+PEERS = ("hf", "hf-autocast")
+ALONE = (*PEERS, "eager", "1")
 ARMS = (*ALONE, "packed", "auto")
 WALL = ("rate", "seconds", "over-hf", "over-alone", "over-eager", "step-ms", "timed", "runs", "size")
 
@@ -77,8 +78,8 @@ def arms(records: Sequence[Record]) -> dict[str, dict[str, Record]]:
     return found
 
 
-def over_peer(records: Sequence[Record], case: str) -> list[float]:
-    """Return how many times the Trainer's runs an hour the largest pack made, of every call that has both, by date."""
+def over_other(records: Sequence[Record], case: str, other: str) -> list[float]:
+    """Return how many times another arm's runs an hour the largest pack made, of every call that has both, by date."""
     calls: dict[tuple[str, str], dict[str, Record]] = {}
     for record in sorted(records, key=lambda r: str(r["date"])):
         if record.get("comparison") == "packing-wall" and record["case"] == case and record["status"] == "completed":
@@ -86,8 +87,8 @@ def over_peer(records: Sequence[Record], case: str) -> list[float]:
     ratios = []
     for one in calls.values():
         sizes = [int(arm) for arm in one if arm.isdigit() and arm != "1"]
-        if sizes and "hf" in one:
-            ratios.append(whole_seconds(one["hf"]) / whole_seconds(one[str(max(sizes))]))
+        if sizes and other in one:
+            ratios.append(whole_seconds(one[other]) / whole_seconds(one[str(max(sizes))]))
     return ratios
 
 
@@ -106,9 +107,10 @@ def put_wall(source: Source, values: Values) -> dict[str, Sheet]:
         rates = {arm: 3600 * r["runs"] / whole_seconds(r) for arm, r in one.items()}
         for arm in ARMS:
             _wall(f"{source.name}/{case}/{arm}", arm, one, rates, values)
-        ratios = over_peer(records, case)
-        every = " and ".join(f"{ratio:.1f}" for ratio in ratios) or None
-        values.put(f"{source.name}/{case}/every-over-hf", every)
+        for other in ALONE:
+            every = [f"{ratio:.1f}" for ratio in over_other(records, case, other)]
+            listed = " and ".join(filter(None, [", ".join(every[:-1]), *every[-1:]]))
+            values.put(f"{source.name}/{case}/every-over-{other}", listed or None)
         shown = ordered(one)
         rows += [None] if rows and shown else []
         rows += [_wall_line(title, arm, one[arm], rates) for arm in shown]
@@ -119,8 +121,8 @@ def put_wall(source: Source, values: Values) -> dict[str, Sheet]:
         return {}
     put_origin(source, records[-1], values)
     headers = ["case", "arm", "runs timed", "seconds", "runs an hour", r"$\times$ Trainer"]
-    headers += [r"$\times$ alone, eager", r"$\times$ alone", "ms, run and step"]
-    return {source.name: Sheet("llrrrrrrr", headers, rows)}
+    headers += [r"$\times$ Trainer, autocast", r"$\times$ alone, eager", r"$\times$ alone", "ms, run and step"]
+    return {source.name: Sheet("llrrrrrrrr", headers, rows)}
 
 
 def _wall(prefix: str, arm: str, one: Mapping[str, Record], rates: Mapping[str, float], values: Values) -> None:
@@ -143,7 +145,7 @@ def _wall(prefix: str, arm: str, one: Mapping[str, Record], rates: Mapping[str, 
 
 def named(arm: str, record: Record) -> str:
     """Return an arm in words."""
-    if arm == "hf":
+    if arm in PEERS:
         return f"HF Trainer, {record.get('precision')}"
     how = ", ".join(record.get("execution") or []).replace("_", ", ")
     if arm in ALONE:
