@@ -465,6 +465,8 @@ def test_a_claim_is_a_row_too(capsys, monkeypatch, tmp_path):
         (["folk", "--run"], "no sweep; it is measured by"),
         (["folk-merged", "--run"], "no sweep; it is measured by"),
         (["--run"], "--run: expected one paper"),
+        (["lora", "--list", "--run"], "--list: expected without --run"),
+        (["lora", "--rate", "1e15"], "--rate 1e+15: expected with --cost or --run"),
         (["lora", "--cost", "--rate", "-1"], "expected FLOP/s above 0"),
         (["lora", "--results", "nowhere"], "--results nowhere: no such folder"),
     ],
@@ -489,6 +491,35 @@ def test_run_says_what_it_costs_and_trains(tmp_path, monkeypatch, capsys):
     assert cost.startswith("reproduce-minilm: 1 runs, 1 steps")
     assert note.startswith("no GPU here: it trains on the CPU")
     assert len(list((tmp_path / "results" / "reproduce-minilm" / "runs").glob("*.json"))) == 1
+
+
+def test_all_tells_the_whole_cost_and_passes_over_what_cannot_start(tmp_path, monkeypatch, capsys):
+    for name, model in (("a", "tiny-bert"), ("b", "roberta-large")):
+        folder = tmp_path / "experiments" / f"reproduce-{name}"
+        folder.mkdir(parents=True)
+        grid = f"model: {model}, method: lora, task: tiny, train.steps: 1, train.batch_size: 2, profile: skip"
+        (folder / "experiment.yaml").write_text(f"grids:\n- {{{grid}}}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(environment, "pick_device", lambda device: "cpu")
+    monkeypatch.setattr("peftbench.cli.reproduce._ready", lambda: ["reproduce-a", "reproduce-b"])
+    started = []
+
+    def sweep(overrides):
+        started.append(overrides)
+        if overrides == ["experiment=reproduce-a"]:
+            raise UserError("no weights")
+        return 0
+
+    monkeypatch.setattr("peftbench.cli.sweep.sweep", sweep)
+    assert main(["reproduce", "all", "--run"]) == 2
+    first, second, whole, _, left = capsys.readouterr().err.splitlines()
+    assert first.startswith("reproduce-a: 1 runs")
+    assert second.startswith("reproduce-b: 1 runs")
+    assert whole.startswith("all: 2 runs, ")
+    assert left == "left out: reproduce-a: no weights"
+    assert started == [["experiment=reproduce-a"], ["experiment=reproduce-b"]]
+    assert main(["reproduce", "all", "--cost", "--json"]) == 0
+    assert [c["experiment"] for c in json.loads(capsys.readouterr().out)] == ["reproduce-a", "reproduce-b"]
 
 
 def test_verdicts_load_without_torch():

@@ -31,7 +31,8 @@ names:  a paper's key, a row's or a claim's id, the beginning of ids that ends i
         or counts (parameter counts, rebuilt from shapes), claims (orderings, ratios, memory, speed) and found (a page
         of all verdicts, the most surprising ones explained, and what is open)
 --list       the papers and their number of rows; of a paper, its rows
---run        train experiments/reproduce-<paper> (or a claim's experiment), after its cost has been printed
+--run        train experiments/reproduce-<paper> (or a claim's experiment; all: every one), after its cost has been
+             printed
 --cost       print that cost alone
 --results    a folder of sweeps, or of one; may be repeated (default: results)
 --markdown, --latex, --json   the same as a page, a LaTeX table, plain data
@@ -60,6 +61,10 @@ def reproduce(
     """
     asked = list(names)
     kind = asked[0] if asked and asked[0] in ("counts", "claims", "found") else "values"
+    if listed and (run or cost):
+        raise UserError(f"--list: expected without {'--run' if run else '--cost'}")
+    if rate is not None and not (run or cost):
+        raise UserError(f"--rate {rate:g}: expected with --cost or --run")
     if run or cost:
         return _run(asked, run, rate, form)
     if kind == "counts":
@@ -159,22 +164,46 @@ def _run(names: list[str], run: bool, rate: float | None, form: str) -> int:
     from peftbench.reproduce import budget
 
     if len(names) != 1:
-        raise UserError(f"{'--run' if run else '--cost'}: expected one paper, row, claim or experiment")
-    experiment = _experiment(names[0])
-    estimated = budget.cost(experiment, budget.RATE if rate is None else rate)
+        raise UserError(f"{'--run' if run else '--cost'}: expected one paper, row, claim or experiment, or all")
+    every = names[0] == "all"
+    asked = _ready() if every else [_experiment(names[0])]
+    estimated = [budget.cost(experiment, budget.RATE if rate is None else rate) for experiment in asked]
     if form == "json" and not run:
-        print(json.dumps(estimated.to_dict(), indent=1))
+        plain = [one.to_dict() for one in estimated]
+        print(json.dumps(plain if every else plain[0], indent=1))
         return 0
-    for line in estimated.lines():
+    lines = [line for one in estimated for line in one.lines()]
+    if every:
+        hours, runs = sum(one.hours for one in estimated), sum(one.runs for one in estimated)
+        lines.append(f"all: {runs:,} runs, {hours:,.1f} GPU-hours")
+    for line in lines:
         print(line, file=sys.stderr if run else sys.stdout, flush=True)
     if not run:
         return 0
     if environment.pick_device("auto") == "cpu":
         print("no GPU here: it trains on the CPU, which takes far longer than that", file=sys.stderr, flush=True)
+    return max(_train(experiment, every) for experiment in asked)
+
+
+def _train(experiment: str, onward: bool) -> int:
+    """Run an experiment's sweep; returns its exit code. With `onward` one that cannot start is said and passed over."""
     from peftbench.cli.sweep import sweep
+    from peftbench.reproduce import budget
 
     kept = ["save_adapters=true"] if budget.starts_others(experiment) else []
-    return sweep([f"experiment={experiment}", *kept])
+    try:
+        return sweep([f"experiment={experiment}", *kept])
+    except UserError as error:
+        if not onward:
+            raise
+        say(f"left out: {experiment}: {' '.join(str(error).split())}")
+        return 2
+
+
+def _ready() -> list[str]:
+    from peftbench import registry
+
+    return [n for n in registry.experiments() if n.startswith(("reproduce-", "claims-"))]
 
 
 def _experiment(name: str) -> str:
@@ -200,6 +229,5 @@ def _experiment(name: str) -> str:
             f"{name}: there is no experiment reproduce-{name}; its claims have {', '.join(sorted(own - {FOLDER}))}"
         )
     if found is None:
-        ready = ", ".join(n for n in registry.experiments() if n.startswith(("reproduce-", "claims-")))
-        raise UserError(f"{name}: there is no experiment reproduce-{name} to run (there are {ready})")
+        raise UserError(f"{name}: there is no experiment reproduce-{name} to run (there are {', '.join(_ready())})")
     return found

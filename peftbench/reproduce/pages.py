@@ -238,12 +238,12 @@ def list_table() -> tuple[Table, list[dict[str, Any]]]:
     for p in published.papers().values():
         own = dict.fromkeys([*experiments_of(p.key), *(c.experiment for c in stated if c.paper.key == p.key)])
         if rows[p.key] or claimed[p.key]:
-            cells.append([p.key, str(rows[p.key]), str(claimed[p.key]), " ".join(own) or MISSING, p.citation])
+            cells.append([p.key, str(rows[p.key]), str(claimed[p.key]), p.citation, " ".join(own) or MISSING])
             plain.append({
                 "paper": p.key, "rows": rows[p.key], "claims": claimed[p.key], "experiments": list(own),
                 "citation": p.citation,
             })  # fmt: skip
-    headers = ["paper", "rows", "claims", "experiments", "citation"]
+    headers = ["paper", "rows", "claims", "citation", "experiments"]
     return Table("papers", "Published figures", headers, cells, pd.DataFrame(plain), 5), plain
 
 
