@@ -206,3 +206,28 @@ def test_a_command_that_fails_is_a_result(scripts: Any, tmp_path: Path) -> None:
     found = wall.of_sweep(sweeps.swept("packing-rte", "2", tmp_path, ["method=no-such"], limit=300))
     assert (found["status"], found["error"], found["runs_timed"]) == ("failed", "exit code 2", 0)
     assert "no-such" in found["output"]
+
+
+def test_a_step_s_kernels_are_put_together_by_what_they_do(scripts: Any, tmp_path: Path) -> None:
+    step = scripts("step")
+    kinds = {
+        "nvjet_sm90_tst_128x256_64x4_1x2_h_bz_coopA_bias_TNN": "products",
+        "short_attention_backward": "attention",
+        "fmha_cutlassB_bf16_aligned_64x64_k32_dropout_sm80": "attention",
+        "void at::native::fused_dropout_kernel_vec<c10::BFloat16, float>": "dropout",
+        "void at::native::vectorized_layer_norm_kernel<c10::BFloat16, float, false>": "normalization",
+        "void at::native::vectorized_elementwise_kernel<8, at::native::GeluCUDAKernelImpl>": "elementwise",
+        "void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda>": "copies",
+        "void at::native::CatArrayBatchedCopy_vectorized<>": "copies",
+        "something else": "other",
+    }
+    assert {name: step.kind_of(name) for name in kinds} == kinds
+    assert step.busy([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.6)]) == 4.0
+    sizes = ["--length", "8", "--batch", "2", "--calls", "2", "--device", "cpu"]
+    arguments = ["--model", "tiny-bert", "--precision", "fp32", *sizes, "--cases"]
+    (record,) = step.main([*arguments, "1 lora", "--out", str(tmp_path / "step.jsonl")])
+    assert record["flops"] > 0 < record["saved_bytes"]
+    assert record["busy_seconds"] > 0
+    assert record["kernel_seconds"]["products"] > 0
+    assert record["products_at_least"] == pytest.approx(record["flops"] / record["matmul_flops_per_second"], rel=1e-4)
+    assert [json.loads(line) for line in (tmp_path / "step.jsonl").read_text().splitlines()] == [record]
