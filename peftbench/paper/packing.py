@@ -23,6 +23,12 @@ CASES = {
 SHORT = {"rte": "LoRA, RTE", "mixed": "mixed methods", "smollm2": "SmolLM2"}
 PEERS = ("hf", "hf-autocast")
 ALONE = (*PEERS, "eager", "1")
+OVER = {
+    "hf": r"$\times$ Trainer",
+    "hf-autocast": r"$\times$ Trainer, autocast",
+    "eager": r"$\times$ alone, eager",
+    "1": r"$\times$ alone",
+}
 ARMS = (*ALONE, "packed", "auto")
 WALL = ("rate", "seconds", "over-hf", "over-alone", "over-eager", "step-ms", "timed", "runs", "size")
 
@@ -101,6 +107,7 @@ def put_wall(source: Source, values: Values) -> dict[str, Sheet]:
     """Keep what whole commands took; returns the table."""
     records = source.lines() if source.there is not None else []
     found = arms(records)
+    others = [other for other in ALONE if any(other in one for one in found.values())]
     rows: list[list[str] | None] = []
     for case, title in CASES.items():
         one = found.get(case, {})
@@ -113,16 +120,16 @@ def put_wall(source: Source, values: Values) -> dict[str, Sheet]:
             values.put(f"{source.name}/{case}/every-over-{other}", listed or None)
         shown = ordered(one)
         rows += [None] if rows and shown else []
-        rows += [_wall_line(title, arm, one[arm], rates) for arm in shown]
+        rows += [_wall_line(title, arm, one[arm], rates, others) for arm in shown]
     for what in ("device", "torch"):
         if not records:
             values.put(f"{source.name}/{what}", None)
     if not rows:
         return {}
     put_origin(source, records[-1], values)
-    headers = ["case", "arm", "runs timed", "seconds", "runs an hour", r"$\times$ Trainer"]
-    headers += [r"$\times$ Trainer, autocast", r"$\times$ alone, eager", r"$\times$ alone", "ms, run and step"]
-    return {source.name: Sheet("llrrrrrrrr", headers, rows)}
+    headers = ["case", "arm", "runs timed", "seconds", "runs an hour", *(OVER[other] for other in others)]
+    headers.append("ms, run and step")
+    return {source.name: Sheet("ll" + "r" * (len(headers) - 2), headers, rows)}
 
 
 def _wall(prefix: str, arm: str, one: Mapping[str, Record], rates: Mapping[str, float], values: Values) -> None:
@@ -153,7 +160,7 @@ def named(arm: str, record: Record) -> str:
     return f"pack={arm}" + (f": {max(record['pack_sizes'])}" if arm == "auto" else "") + f", {how}"
 
 
-def _wall_line(title: str, arm: str, record: Record, rates: Mapping[str, float]) -> list[str]:
+def _wall_line(title: str, arm: str, record: Record, rates: Mapping[str, float], others: Sequence[str]) -> list[str]:
     step, timed = step_seconds(record), f"{record['runs_timed']} of {record['runs']}"
     line = [
         f"{record['runs']} {title}",
@@ -162,7 +169,7 @@ def _wall_line(title: str, arm: str, record: Record, rates: Mapping[str, float])
         decimals(record["wall_seconds"], 1),
         f"{rates[arm]:.0f}",
     ]
-    line += [decimals(rates[arm] / rates[other], 2) if other in rates else None for other in ALONE]
+    line += [decimals(rates[arm] / rates[other], 2) if other in rates else None for other in others]
     return cells([*line, decimals(None if step is None else 1000 * step, 2)])
 
 
