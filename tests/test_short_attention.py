@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from peftbench.kernels.attention import fits, reference, short_attention
-from peftbench.kernels.backend import interpreted
+from peftbench.kernels.backend import interpreted, traced_for
 from peftbench.models.attention import prefixable_attention
 from tests.conftest import triton_interprets_loops
 
@@ -108,6 +109,23 @@ def test_what_it_does_not_take():
     }
     assert not [name for name, given in changed.items() if fits(*given)]
     assert fits(query, key, value, bias, 0.0) == interpreted()
+
+
+def test_shapes_alone_go_its_way_where_they_stand_for_a_gpu():
+    query, key, value, _, _ = (
+        t if t is None else t.to("meta") for t in problem(2, 2, 12, 12, 16, False, torch.float16)
+    )
+    given = [t.detach().requires_grad_() for t in (query, key, value)]
+    with traced_for("cpu"):
+        assert not fits(*given, None, 0.1)
+    with traced_for("cuda"):
+        assert fits(*given, None, 0.1)
+        kept = []
+        with saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+            out = short_attention(*given, None, 0.25, 0.1)
+        gradients = torch.autograd.grad(out, given, torch.empty_like(out))
+    assert [g.shape for g in gradients] == [t.shape for t in given]
+    assert [tuple(t.shape) for t in kept] == [*(tuple(t.shape) for t in given), (1,), (2, 2, 12)]  # not the outputs
 
 
 @pytest.mark.skipif(interpreted(), reason="runs the tests above in the interpreter")

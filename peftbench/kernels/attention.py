@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
-from peftbench.kernels.backend import interpreted, use_triton
+from peftbench.kernels.backend import interpreted, kernel_shapes, use_triton
 
 LONGEST = 128
 """Queries and keys that a program holds."""
@@ -51,7 +51,7 @@ def fits(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout
         and key.shape == value.shape == (n, heads, keys, width)
         and all(t.stride(3) == 1 for t in (query, key, value))
         and (bias is None or (bias.is_floating_point() and not bias.requires_grad and bias.shape == (n, 1, 1, keys)))
-        and use_triton(query)
+        and (use_triton(query) or kernel_shapes(query))
     )
 
 
