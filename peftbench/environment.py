@@ -108,6 +108,8 @@ def memory(device: str) -> tuple[int, int] | None:
     return None if available is None else (available, available)
 
 
+COMMIT = "PEFTBENCH_COMMIT"
+"""Environment variable that names the commit where the tree is a copy without git's folder."""
 COMMAND = "PEFTBENCH_COMMAND"
 """Environment variable that carries the command line to the processes of a launcher."""
 
@@ -118,7 +120,7 @@ def describe(device: str = "cpu") -> dict[str, Any]:
     commit = _git("rev-parse", "HEAD")
     found: dict[str, Any] = {
         "command": os.environ.get(COMMAND),
-        "git_commit": commit,
+        "git_commit": commit or os.environ.get(COMMIT),
         "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
         "python": platform.python_version(),
         "platform": platform.platform(),

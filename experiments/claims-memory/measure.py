@@ -17,7 +17,6 @@ import ctypes
 import datetime
 import functools
 import json
-import os
 import shlex
 import sys
 import time
@@ -180,7 +179,7 @@ def header(device: torch.device) -> dict[str, Any]:
         "comparison": "claims-memory",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "experiments/claims-memory/measure.py", *sys.argv[1:]]),
-        "git_commit": found["git_commit"] or os.environ.get("PEFTBENCH_COMMIT"),
+        "git_commit": found["git_commit"],
         "device": found["device_kind"] if device.type == "cuda" else found["cpu"] or "cpu",
         "device_type": device.type,
         "gpu": found["gpu"],

@@ -9,7 +9,6 @@ import datetime
 import importlib.metadata
 import itertools
 import json
-import os
 import shlex
 import sys
 import time
@@ -25,8 +24,6 @@ from peftbench.profiling import timing
 from peftbench.record import plain
 
 SCHEMA = 1
-COMMIT = "PEFTBENCH_COMMIT"
-"""Environment variable that names the commit where the tree is a copy without git's folder."""
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "triton", "accelerate")
 
 
@@ -38,7 +35,7 @@ def header(comparison: str, device: torch.device) -> dict[str, Any]:
         "comparison": comparison,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *_shown(sys.argv)]),
-        "git_commit": found["git_commit"] or os.environ.get(COMMIT),
+        "git_commit": found["git_commit"],
         "git_dirty": found["git_dirty"],
         "device": found["device_kind"] if device.type == "cuda" else found["cpu"] or "cpu",
         "device_type": device.type,
