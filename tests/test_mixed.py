@@ -32,14 +32,27 @@ def together(kind: str) -> list[str]:
 
 
 ROWS = together("rows")
+VIRTUAL = ["embedding 20", "attention 20"]
+
+
+def sizes(method: str) -> dict[str, int]:
+    """Return a method's settings at sizes that suit tiny models."""
+    settings = small(method).settings()
+    return {f"method__{k}": v for k, v in settings.items() if type(v) is int and k != "length"}
 
 
 def one_each(methods: list[str], **given: object) -> list[RunSpec]:
-    """Return a run of each method, at sizes that suit tiny models."""
+    """Return a run of each method."""
+    return [spec for i, name in enumerate(methods) for spec in tiny(method=name, seed=i, **sizes(name), **given)]
+
+
+def two_each(methods: list[str], rate: float, **given: object) -> list[RunSpec]:
+    """Return two runs of each method side by side, the second with a learning rate of `rate` and unclipped."""
+    other = {"train__learning_rate": rate, "train__clip_norm": 0.0}
     found = []
     for i, name in enumerate(methods):
-        sizes = {k: v for k, v in small(name).settings().items() if type(v) is int and k != "length"}
-        found += tiny(method=name, seed=i, **{f"method__{k}": v for k, v in sizes.items()}, **given)
+        found += tiny(method=name, seed=i, **sizes(name), **given)
+        found += tiny(method=name, seed=100 + i, **sizes(name), **given, **other)
     return found
 
 
@@ -48,17 +61,20 @@ def test_there_are_enough_methods_to_mix():
     assert {"lora", "dora", "vera", "adalora", "ia3", "bitfit", "houlsby", "layernorm", "head"} <= set(ROWS)
     assert len(together("embedding 20")) >= 3
     assert len(together("attention 20")) >= 2
+    packable = {n for n in registry.options("method") if named_method(n, {}).traits.packable}
+    rest = packable - {*ROWS, *(name for kind in VIRTUAL for name in together(kind))}
+    assert rest == {"qlora"}, "LoRA on a quantized base, of which lora is the test"
 
 
 @pytest.mark.parametrize("part", range(4))
 def test_every_method_in_a_mixed_pack_gives_the_trace_it_gives_alone(part, tmp_path: Path):
-    """50 steps in fp32, a quarter of the methods at a time, so that unlike ones meet."""
-    same_traces(one_each(ROWS[part::4], train__steps=50), tmp_path)
+    """50 steps in fp32, a quarter of the methods at a time, beside a run of their own method and unlike ones."""
+    same_traces(two_each(ROWS[part::4], 3e-3, train__steps=50), tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["embedding 20", "attention 20"])
+@pytest.mark.parametrize("kind", VIRTUAL)
 def test_methods_with_virtual_tokens_share_a_pack_with_their_like(kind, tmp_path: Path):
-    same_traces(one_each(together(kind), train__steps=50), tmp_path)
+    same_traces(two_each(together(kind), 3e-3, train__steps=50), tmp_path)
 
 
 @pytest.mark.parametrize("model", ["tiny-llama", "tiny-t5", "tiny-gpt2"])
@@ -105,6 +121,17 @@ def test_a_run_that_diverges_changes_no_bit_of_its_neighbours(tmp_path: Path):
         assert usual[i].trace is not None
         assert records[i].trace["loss"] == usual[i].trace["loss"]
         assert records[i].quality == usual[i].quality
+
+
+@pytest.mark.parametrize("names", [*(ROWS[i::4] for i in range(4)), *map(together, VIRTUAL)], ids=" ".join)
+def test_a_run_of_any_method_that_diverges_changes_no_bit_of_its_neighbours(names, tmp_path: Path):
+    given = {"train__steps": 8, "train__evaluate_every": 4}
+    wild, calm = (run(two_each(names, rate, **given), tmp_path / str(rate)) for rate in (1e38, 1e-3))
+    for i, name in enumerate(names):
+        assert wild[2 * i + 1].status == "diverged", name
+        assert wild[2 * i].status == calm[2 * i].status == "completed", name
+        assert wild[2 * i].trace == calm[2 * i].trace, name
+        assert wild[2 * i].quality == calm[2 * i].quality, name
 
 
 def mixture(family: str, names: list[str]) -> tuple[torch.nn.Module, MixedAdapter]:
