@@ -38,6 +38,28 @@ def test_order_depends_on_the_seed_alone_and_buckets_are_shared() -> None:
     assert not all(np.array_equal(p.items[0], p.items[1]) for p in packed)
 
 
+@pytest.mark.parametrize("done", [[0, 0, 0], [0, 26, 52], [5, 31, 5]], ids=["fresh", "epochs apart", "within one"])
+def test_batches_are_those_of_one_run_after_another(done: list[int]) -> None:
+    """Every run permutes every bucket, in order, anew in each epoch; the batch of a step holds a row of items a run."""
+    buckets, seeds = make_buckets(LENGTHS, 8, 64), [2, 5, 9]
+    visits = [(b, k) for b, bucket in enumerate(buckets) for k in range(math.ceil(len(bucket.items) / 8))]
+    visits = [visits[i] for i in np.random.default_rng([7, len(visits)]).permutation(len(visits))]
+    assert len(visits) == steps_per_epoch(buckets, 8) == 26
+    for step, batch in enumerate(packed_batches(buckets, 8, seeds, 60, done)):
+        b, k = visits[(done[0] + step) % len(visits)]
+        rows = []
+        for seed, before in zip(seeds, done, strict=True):
+            generator = np.random.default_rng([11, seed, (before + step) // len(visits)])
+            permuted = [generator.permutation(bucket.items) for bucket in buckets]
+            rows.append(permuted[b][k * 8 : (k + 1) * 8])
+        plain = np.stack(rows)
+        assert (batch.items.dtype, batch.items.shape) == (plain.dtype, plain.shape)
+        assert batch.items.tobytes() == plain.tobytes()
+        assert batch.items.flags.c_contiguous
+        assert batch.items.base is None, "a batch that is kept keeps no other alive"
+        assert (batch.length, batch.epoch) == (buckets[b].length, (done[0] + step) // len(visits))
+
+
 def test_buckets_keep_padding_small() -> None:
     buckets = make_buckets(LENGTHS, 4, 64)
     padded = sum(b.length * len(b.items) for b in buckets)

@@ -79,9 +79,10 @@ def packed_batches(
     left = steps
     while left > 0:
         generators = [np.random.default_rng([11, seed, epoch]) for seed, epoch in zip(seeds, epochs, strict=True)]
-        permuted = [[g.permutation(bucket.items) for bucket in buckets] for g in generators]
+        # Each generator permutes the buckets in their order; all runs' permutations of one bucket are cut as one array.
+        permuted = [np.stack([g.permutation(bucket.items) for g in generators]) for bucket in buckets]
         for b, k in visits[place : place + left]:
-            items = np.stack([run[b][k * batch_size : (k + 1) * batch_size] for run in permuted])
+            items = permuted[b][:, k * batch_size : (k + 1) * batch_size].copy()
             yield PackedBatch(items, buckets[b].length, epochs[0])
         left -= len(visits) - place
         epochs, place = [epoch + 1 for epoch in epochs], 0
