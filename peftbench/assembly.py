@@ -20,9 +20,10 @@ from peftbench.engine.heads import PackedHead
 from peftbench.engine.moments import Storage
 from peftbench.engine.optimizer import PackedAdamW, Recipe
 from peftbench.errors import UserError
+from peftbench.kernels.noise import Noise, checkpoint_contexts
 from peftbench.methods.adapter import Adapter, attach, generator_for
-from peftbench.methods.base import Method, RunDropout
-from peftbench.models import attention, roles
+from peftbench.methods.base import Method
+from peftbench.models import attention, residuals, roles
 from peftbench.models.load import Backbone, load, set_dropout
 from peftbench.record import RunSpec, profile_id
 from peftbench.tasks.base import Task
@@ -145,8 +146,14 @@ def _configured(model: nn.Module, setting: Setting) -> Iterator[None]:
             for config in configs.values():
                 before = attention.use(config)
                 undo.callback(setattr, config, "_attn_implementation", before)
+        compiled = setting.train.execution.startswith("compiled")
+        if not compiled:
+            undo.callback(residuals.fuse(model))
         if setting.train.checkpointing:
-            cast(Any, model).gradient_checkpointing_enable({"use_reentrant": False})
+            how: dict[str, Any] = {"use_reentrant": False}
+            if not compiled:
+                how["context_fn"] = checkpoint_contexts
+            cast(Any, model).gradient_checkpointing_enable(how)
             undo.callback(cast(Any, model).gradient_checkpointing_disable)
         undo.enter_context(attention.right_padded())
         yield
@@ -212,10 +219,8 @@ def assembled(setting: Setting, backbone: Backbone | None = None) -> Iterator[As
         try:
             starts.fill(adapter, [c.start for c in setting.configs], seeds)
             if setting.train.dropout is not None:
-                for _, delta in adapter.parts:
-                    for module in delta.modules():
-                        if isinstance(module, RunDropout):
-                            module.set(setting.train.dropout)
+                for dropout in adapter.dropouts():
+                    dropout.set(setting.train.dropout)
             head = None
             smoothing = [c.label_smoothing for c in setting.configs]
             objective: objectives.Objective
@@ -227,6 +232,8 @@ def assembled(setting: Setting, backbone: Backbone | None = None) -> Iterator[As
             else:
                 seq2seq = backbone.kind == "seq2seq"
                 objective = objectives.TextObjective(model, adapter, len(seeds), seq2seq=seq2seq, smoothing=smoothing)
+            objective.noise = Noise(seeds, setting.device)
+            objective.train(False)
             with compiled_layers(model) if setting.train.execution.startswith("compiled") else nullcontext():
                 yield Assembly(setting, backbone, adapter, objective, head)
         finally:

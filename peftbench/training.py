@@ -209,8 +209,10 @@ def _stretch(pack: Pack, assembly: Assembly, members: Sequence[int]) -> dict[int
     relay, courses = pack.relay, [pack.courses[run] for run in members]
     done, length = [relay.done[run] for run in members], relay.length()
     optimizer = assembly.optimizer([c.total for c in courses], done, length)
+    if assembly.objective.noise is not None:
+        assembly.objective.noise.begin(done)
     if not pack.begun:
-        # Dropout's stream: that of the run itself when it is alone.
+        # What the runs' own streams of dropout leave to PyTorch's generator (`kernels.noise`)
         torch.manual_seed(int(np.random.default_rng([s.seed for s in assembly.setting.specs]).integers(2**31)))
         pack.begun = True
     validation = split(assembly, pack.splits["validation"])

@@ -32,7 +32,7 @@ def specs(**given: Any) -> list[RunSpec]:
 
 def tiny(**given: Any) -> list[RunSpec]:
     """Resolve runs on the tiny task."""
-    return specs(**{"model": "tiny-bert", "task": "tiny", "train__dropout": 0.0, "train__batch_size": 8, **given})
+    return specs(**{"model": "tiny-bert", "task": "tiny", "train__dropout": 0.1, "train__batch_size": 8, **given})
 
 
 def run(pack: list[RunSpec], folder: Path) -> list[RunRecord]:
@@ -139,7 +139,7 @@ def test_a_run_in_a_pack_gives_the_trace_it_gives_alone(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not CARRIERS, reason="the packages that carry MiniLM and the reviews are not installed")
 def test_real_minilm_and_reviews_in_a_pack_give_the_trace_they_give_alone(tmp_path: Path) -> None:
-    given = {"model": "minilm-l6", "task": "movie-reviews", "train__dropout": 0.0, "train__batch_size": 8}
+    given = {"model": "minilm-l6", "task": "movie-reviews", "train__batch_size": 8}  # with the model's own dropout
     same_traces(lora_four(train__steps=6, train__max_length=16, **given), tmp_path)
 
 
@@ -171,9 +171,10 @@ def test_every_setting_of_the_optimizer_is_a_runs_own(tmp_path: Path) -> None:
 
 
 def test_gradient_accumulation_and_checkpointing_change_nothing(tmp_path: Path) -> None:
-    plain = run(tiny(method="lora", train__steps=12), tmp_path / "a")[0]
-    for i, change in enumerate(({"train__accumulation": 4}, {"train__checkpointing": True})):
-        changed = run(tiny(method="lora", train__steps=12, **change), tmp_path / str(i))[0]
+    for i, change in enumerate(({"train__accumulation": 4, "train__dropout": 0.0}, {"train__checkpointing": True})):
+        given = {"method": "lora", "train__steps": 12, "train__dropout": change.get("train__dropout", 0.1)}
+        plain = run(tiny(**given), tmp_path / f"plain-{i}")[0]
+        changed = run(tiny(**{**given, **change}), tmp_path / str(i))[0]
         assert plain.trace is not None
         assert changed.trace is not None
         np.testing.assert_allclose(changed.trace["loss"], plain.trace["loss"], rtol=1e-4)
@@ -181,6 +182,7 @@ def test_gradient_accumulation_and_checkpointing_change_nothing(tmp_path: Path) 
 
 def test_text_accumulation_weighs_answer_tokens(tmp_path: Path) -> None:
     given = {"model": "tiny-gpt2", "method": "lora", "task__formulation": "text", "train__steps": 8}
+    given["train__dropout"] = 0.0  # the parts of a step draw masks of their own
     plain = run(tiny(**given), tmp_path / "a")[0]
     parts = run(tiny(train__accumulation=2, **given), tmp_path / "b")[0]
     assert plain.trace is not None

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from peftbench.kernels.attention import fits, reference, short_attention
 from peftbench.kernels.backend import interpreted, traced_for
+from peftbench.kernels.noise import Noise
 from peftbench.models.attention import prefixable_attention
 from tests.conftest import triton_interprets_loops
 
@@ -64,10 +65,12 @@ def test_outputs_and_gradients(shape, dtype):
 
 
 @runs_here
-def test_dropout_drops_its_share_and_the_gradients_know_what():
-    dtype, p, n = DTYPES[0], 0.25, 24
+@pytest.mark.parametrize("dtype", list(dict.fromkeys([*DTYPES, torch.float32])), ids=str)
+def test_dropout_drops_its_share_and_the_gradients_know_what(dtype):
+    p, n = 0.25, 24
     query, key, _, _, upstream = problem(n, 2, 16, 16, 16, False, dtype)
     one = torch.eye(16, dtype=dtype, device=DEVICE).expand(n, 2, 16, 16).clone().requires_grad_()
+    assert fits(query, key, one, None, p)
     torch.manual_seed(3)
     out = short_attention(query, key, one, None, 0.25, p)  # the dropped softmax itself
     found = [out, *torch.autograd.grad(out, (query, key, one), upstream)]
@@ -82,6 +85,25 @@ def test_dropout_drops_its_share_and_the_gradients_know_what():
     assert not torch.equal(out, again)  # another seed
     heads = kept.reshape(n * 2, -1)
     assert len({tuple(row.tolist()) for row in heads}) == len(heads)  # no two heads drop the same
+
+
+@runs_here
+def test_a_run_drops_what_it_drops_alone():
+    dtype, p = DTYPES[0], 0.5
+    query, key, value, bias, upstream = problem(6, 2, 20, 20, 16, True, dtype)
+    noise = Noise([3, 5, 8], torch.device(DEVICE))
+
+    def passed(rows: slice, seeds: Tensor, site: int) -> list[Tensor]:
+        given = [t.detach()[rows].requires_grad_() for t in (query, key, value)]
+        out = short_attention(*given, bias[rows], 0.25, p, seeds, site)
+        return [out, *torch.autograd.grad(out, given, upstream[rows])]
+
+    together = passed(slice(None), noise.seeds, 11)
+    for run in range(3):
+        rows = slice(2 * run, 2 * run + 2)
+        alone = passed(rows, noise.seeds[run : run + 1], 11)
+        assert all(torch.equal(a, b[rows]) for a, b in zip(alone, together, strict=True))
+        assert not torch.equal(alone[0], passed(rows, noise.seeds[run : run + 1], 12)[0])
 
 
 @runs_here
@@ -109,6 +131,12 @@ def test_what_it_does_not_take():
     }
     assert not [name for name, given in changed.items() if fits(*given)]
     assert fits(query, key, value, bias, 0.0) == interpreted()
+    on_gpu = [t.to("meta") for t in (query, key, value)]
+    with traced_for("cuda"):
+        assert fits(*on_gpu, None, 0.1)  # fp32 with dropout, in narrow heads
+        assert fits(*on_gpu, None, 0.0) == interpreted()
+        wide = [t.new_empty(2, 2, 12, 64) for t in on_gpu]
+        assert fits(*wide, None, 0.1) == interpreted()
 
 
 def test_shapes_alone_go_its_way_where_they_stand_for_a_gpu():

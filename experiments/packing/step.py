@@ -32,7 +32,7 @@ from peftbench.engine.stepping import stepper
 KINDS = {
     "attention": r"attention|fmha|flash|sdpa",
     "products": r"gemm|gemv|nvjet|xmma|cutlass|wgmma|splitk|cublas|addmm|bmm|::mm\b|_mm\b|low_rank",
-    "normalization": r"layer_?norm|rms_?norm",
+    "normalization": r"layer_?norm|rms_?norm|residual_norm",
     "dropout": r"dropout|bernoulli",
     "optimizer": r"multi_tensor|foreach|adam",
     "copies": r"memcpy|memset|copy|catarray|::cat\b|fill",

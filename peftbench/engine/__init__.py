@@ -1,4 +1,4 @@
 """Training and evaluation of packs of runs."""
 
-VERSION = 3
+VERSION = 4
 """Raised whenever a change to the engine changes results; part of every run's id."""

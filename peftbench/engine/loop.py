@@ -60,17 +60,21 @@ def step_on(
     """Make one optimizer step on the rows of all `chunks`; work on the device alone, in an order that never changes."""
     counts = torch.stack([objective.count(c) for c in chunks]).sum(dim=0)
     total: Tensor | None = None
-    for chunk in chunks:
-        with autocast():
-            losses = objective.loss_sum(chunk) / counts
-        penalty = objective.adapter.penalty() if total is None else None
-        if penalty is not None:
-            losses = losses + penalty
-        # Runs own disjoint slices of every parameter, so the gradient of the sum is each run's own gradient.
-        losses.sum().backward()
+    noise = objective.noise
+    for part, chunk in enumerate(chunks):
+        with nullcontext() if noise is None else noise.drawing(part):
+            with autocast():
+                losses = objective.loss_sum(chunk) / counts
+            penalty = objective.adapter.penalty() if total is None else None
+            if penalty is not None:
+                losses = losses + penalty
+            # Runs own disjoint slices of every parameter, so the gradient of the sum is each run's own gradient.
+            losses.sum().backward()
         total = losses.detach() if total is None else total + losses.detach()
     assert total is not None
     optimizer.step(total)
+    if noise is not None:
+        noise.advance()
     return total
 
 

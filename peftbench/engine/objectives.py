@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from peftbench.engine.heads import PackedHead, pool
 from peftbench.kernels.cross_entropy import linear_cross_entropy
+from peftbench.kernels.noise import Noise
 from peftbench.methods.base import StepEnd
 from peftbench.models.output import hidden_states, plain_output_layer
 
@@ -53,6 +54,8 @@ class Objective(ABC):
         """Each run's label smoothing [R]; None: no run has any."""
         if any(smoothing):
             self.smoothing = torch.tensor(list(smoothing), device=next(model.parameters()).device)
+        self.noise: Noise | None = None
+        """Each run's stream of dropout; None: PyTorch's generator is asked."""
 
     @abstractmethod
     def count(self, batch: dict[str, Tensor]) -> Tensor:

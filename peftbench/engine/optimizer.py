@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from peftbench.engine.blockwise_adamw import BlockwiseAdamW
 from peftbench.engine.moments import Storage
+from peftbench.kernels import adamw
+from peftbench.kernels.backend import kernel_shapes, use_triton
 from peftbench.methods.base import StepEnd
 
 ALIGNMENT = 64
@@ -147,7 +149,7 @@ class PackedAdamW:
     """AdamW for parameters with a leading runs axis, plus (for a pack of one) parameters of the base itself.
 
     Packed parameters become views of one flat tensor, so a step is a handful of kernels however many parameters there
-    are. The base's own parameters go through PyTorch's fused AdamW.
+    are, and on a GPU with Triton two (`kernels.adamw`). The base's own parameters go through PyTorch's fused AdamW.
     """
 
     def __init__(
@@ -208,7 +210,9 @@ class PackedAdamW:
         lines = [_line(rates, first, second) for rates, (first, second) in zip(self.rates, corrections, strict=True)]
         self._table = torch.tensor(lines, dtype=torch.float32, device=device)
         self._row = torch.zeros(1, dtype=torch.int64, device=device)
-        self._beta1, self._beta2 = (_shared(values, device) for values in betas)
+        self._beta2 = _shared(betas[1], device)
+        # 1 − β from float64: of a β in fp32 it would lose five digits
+        self._new1, self._new2 = (_shared([1 - b for b in values], device) for values in betas)
         self._epsilon = _shared([r.epsilon for r in recipes], device)
         self._clip = torch.tensor([r.clip_norm or math.inf for r in recipes], device=device)
         self.alive = torch.ones(self.runs, dtype=torch.bool, device=device)
@@ -217,6 +221,11 @@ class PackedAdamW:
         self._flatten(recipes, device, ratios, rows)
         self._gradient = torch.zeros_like(self.flat) if keep_gradients else None
         """The last step's clipped gradient, at one address for good: a replayed step writes where the first one did."""
+        fixed = [(1 - r.beta1, r.beta2, 1 - r.beta2, r.epsilon) for r in recipes]
+        self._fixed = adamw.Fixed(
+            torch.tensor(fixed, dtype=torch.float32, device=device).T.contiguous(),
+            self._clip, self._table, self._row, self._decay, self._ratios, self._gradient,
+        )  # fmt: skip
         self._fused = base
         if self.plain and base is None:
             recipe = recipes[0]
@@ -305,6 +314,12 @@ class PackedAdamW:
             others.append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(plain_grads)), keepdim=True))
         if others:
             norms = torch.linalg.vector_norm(torch.stack([norms, *others]), dim=0)
+        if self.packed and not self.plain and (use_triton(self.flat) or kernel_shapes(self.flat)):
+            if use_triton(self.flat):
+                adamw.step(grad, norms, losses.float(), self.alive, self.flat, self._moments.tensors(), self._fixed)
+            self._row.add_(1)
+            self.step_count += 1
+            return
         # x · 0 is 0 where x is finite, else NaN, which equals nothing
         self.alive &= norms * 0 == losses * 0
         shrink = (self._clip / (norms + 1e-6)).clamp(max=1.0)
@@ -425,12 +440,12 @@ class PackedAdamW:
         for columns in self._moments.chunks():
             g, flat = grad[:, columns], self.flat[:, columns]
             with self._moments.opened(columns) as (mean, square):
-                mean.lerp_(g, 1 - self._beta1)
+                mean.lerp_(g, self._new1)
                 square.mul_(self._beta2)
-                if isinstance(self._beta2, float):
-                    square.addcmul_(g, g, value=1 - self._beta2)
+                if isinstance(self._new2, float):
+                    square.addcmul_(g, g, value=self._new2)
                 else:
-                    square.addcmul_(g, g * (1 - self._beta2))
+                    square.addcmul_(g, g * self._new2)
                 root = torch.sqrt(square).mul_(roots).add_(self._epsilon)
                 update = mean * scaled
             if self._ratios is not None:

@@ -5,7 +5,8 @@ FlashAttention (Dao et al. 2022, arXiv:2205.14135), scores, softmax and dropout'
 pass; but a hundred keys fit a program's registers, so that there is no loop over keys, and a gradient is written once.
 Gradients and outputs lie in memory as [N, T, H, D], which the linear layers around attention read without a copy.
 
-Dropout asks a keyed hash of the place instead of a Philox generator, whose ten rounds would be most of the work.
+Dropout asks a hash of the place (`kernels.dropout`) instead of a Philox generator, whose ten rounds would be most of
+the work.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from peftbench.kernels.backend import interpreted, kernel_shapes, use_triton
+from peftbench.kernels.dropout import threshold
 
 LONGEST = 128
 """Queries and keys that a program holds."""
@@ -25,6 +27,8 @@ WIDEST = 64
 HALVES = (torch.bfloat16, torch.float16)
 INTERPRETED = (torch.float32, torch.float16)
 """What Triton's interpreter can multiply."""
+EXACT_WIDEST = 32
+"""Width of a head in fp32; these are taken for their dropout alone, which is then a run's own."""
 SMALLEST = 16
 """Least width of a matrix product in Triton."""
 BLOCK = 64
@@ -32,7 +36,7 @@ BLOCK = 64
 
 
 def fits(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout: float) -> bool:
-    """Return whether the kernels take these: halves on a GPU, short, one key head a query head, no bias by query.
+    """Return whether the kernels take these: short, on a GPU, one key head a query head, no bias by query.
 
     Args:
         query: [N, H, T, D].
@@ -43,7 +47,7 @@ def fits(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout
     n, heads, queries, width = query.shape
     keys = key.shape[2]
     return (
-        query.dtype in (INTERPRETED if interpreted() else HALVES)
+        _computes(query.dtype, width, dropout)
         and query.dtype == key.dtype == value.dtype
         and max(queries, keys) <= LONGEST
         and SMALLEST <= width <= WIDEST
@@ -55,17 +59,33 @@ def fits(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, dropout
     )
 
 
+def _computes(dtype: torch.dtype, width: int, dropout: float) -> bool:
+    if interpreted():
+        return dtype in INTERPRETED
+    return dtype in HALVES or (dtype == torch.float32 and dropout > 0 and width <= EXACT_WIDEST)
+
+
 def short_attention(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    dropout: float,
+    seeds: Tensor | None = None,
+    site: int = 0,
 ) -> Tensor:
     """Return attention's outputs [N, H, T, D], a view of [N, T, H, D], for what `fits`.
 
-    Dropout's mask comes from a seed that the device draws, so a captured step drops anew at every replay.
+    Args:
+        seeds: int64 [R], of R runs whose rows come one after another, and `site` as in `kernels.dropout`. None: one
+            seed for all rows that the device draws, so that a captured step drops anew at every replay.
     """
-    seed = None
-    if dropout:
-        seed = torch.empty(1, dtype=torch.int64, device=query.device).random_()
-    output: Tensor = _ShortAttention.apply(query, key, value, bias, seed, scale, dropout)
+    if not dropout:
+        seeds = None
+    elif seeds is None:
+        seeds = torch.empty(1, dtype=torch.int64, device=query.device).random_()
+    output: Tensor = _ShortAttention.apply(query, key, value, bias, seeds, scale, dropout, site)
     return output
 
 
@@ -81,11 +101,19 @@ def reference(
 class _ShortAttention(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None, scale: float, p: float
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        seeds: Tensor | None,
+        scale: float,
+        p: float,
+        site: int,
     ) -> Tensor:
-        out, logs = _forward_op(q, k, v, bias, seed, scale, p)
-        ctx.save_for_backward(q, k, v, bias, seed, logs)
-        ctx.numbers = scale, p
+        out, logs = _forward_op(q, k, v, bias, seeds, scale, p, site)
+        ctx.save_for_backward(q, k, v, bias, seeds, logs)
+        ctx.numbers = scale, p, site
         return out.transpose(1, 2)
 
     @staticmethod
@@ -94,16 +122,16 @@ class _ShortAttention(torch.autograd.Function):
         if gradient.stride(3) != 1:
             gradient = gradient.contiguous()
         gradients = _backward_op(gradient, *ctx.saved_tensors, *ctx.numbers)
-        return (*(g.transpose(1, 2) for g in gradients), None, None, None, None)
+        return (*(g.transpose(1, 2) for g in gradients), None, None, None, None, None)
 
 
-def _options(k: Tensor, bias: Tensor | None, seed: Tensor | None) -> dict[str, Any]:
+def _options(k: Tensor, bias: Tensor | None, seeds: Tensor | None) -> dict[str, Any]:
     import triton
 
     held = max(SMALLEST, triton.next_power_of_2(k.shape[2]))
     return {
         "biased": bias is not None,
-        "dropped": seed is not None,
+        "dropped": seeds is not None,
         "exact": k.dtype == torch.float32,
         "width": k.shape[3],
         "block": min(held, BLOCK),
@@ -113,13 +141,13 @@ def _options(k: Tensor, bias: Tensor | None, seed: Tensor | None) -> dict[str, A
     }
 
 
-def _threshold(p: float) -> int:
-    """Return the number below which a draw from all numbers of 32 bits, taken as signed, drops."""
-    return min(round(p * 2**32), 2**32 - 1) - 2**31
-
-
 def _rows(t: Tensor) -> tuple[int, int, int]:
     return t.stride(0), t.stride(1), t.stride(2)
+
+
+def _programs(q: Tensor, seeds: Tensor | None) -> int:
+    """Return how many rows and heads share a seed."""
+    return q.shape[0] * q.shape[1] // (1 if seeds is None else seeds.shape[0])
 
 
 def _bias(bias: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
@@ -135,24 +163,24 @@ def _bias(bias: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
 
 @torch.library.custom_op("peftbench::short_attention", mutates_args=())
 def _forward_op(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seed: Tensor | None, scale: float, p: float
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seeds: Tensor | None, scale: float, p: float, site: int
 ) -> tuple[Tensor, Tensor]:
     from peftbench.kernels.attention_triton import short_attention_forward
 
     n, heads, queries, width = q.shape
     out, logs = q.new_empty((n, queries, heads, width)), q.new_empty((n, heads, queries), dtype=torch.float32)
     added, bias_row = _bias(bias, q)
-    options = _options(k, bias, seed)
+    options = _options(k, bias, seeds)
     with torch.cuda.device_of(q):
         short_attention_forward[(n * heads, -(-queries // options["block"]))](
-            q, k, v, added, q if seed is None else seed, out, logs, heads, queries, k.shape[2],
-            scale, p, _threshold(p), *_rows(q), *_rows(k), *_rows(v), bias_row, **options,
+            q, k, v, added, q if seeds is None else seeds, out, logs, heads, queries, k.shape[2],
+            scale, p, threshold(p), site, _programs(q, seeds), *_rows(q), *_rows(k), *_rows(v), bias_row, **options,
         )  # fmt: skip
     return out, logs
 
 
 @_forward_op.register_fake
-def _(q, k, v, bias, seed, scale, p):  # type: ignore[no-untyped-def]
+def _(q, k, v, bias, seeds, scale, p, site):  # type: ignore[no-untyped-def]
     n, heads, queries, width = q.shape
     return q.new_empty((n, queries, heads, width)), q.new_empty((n, heads, queries), dtype=torch.float32)
 
@@ -164,10 +192,11 @@ def _backward_op(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None,
-    seed: Tensor | None,
+    seeds: Tensor | None,
     logs: Tensor,
     scale: float,
     p: float,
+    site: int,
 ) -> list[Tensor]:
     from peftbench.kernels.attention_triton import short_attention_backward
 
@@ -176,15 +205,16 @@ def _backward_op(
     added, bias_row = _bias(bias, q)
     with torch.cuda.device_of(q):
         short_attention_backward[(n * heads,)](
-            gradient, q, k, v, added, q if seed is None else seed, logs, dq, dk, dv, heads, queries, k.shape[2],
-            scale, p, _threshold(p), *_rows(gradient), *_rows(q), *_rows(k), *_rows(v), bias_row,
-            **_options(k, bias, seed),
+            gradient, q, k, v, added, q if seeds is None else seeds, logs, dq, dk, dv, heads, queries, k.shape[2],
+            scale, p, threshold(p), site, _programs(q, seeds),
+            *_rows(gradient), *_rows(q), *_rows(k), *_rows(v), bias_row,
+            **_options(k, bias, seeds),
         )  # fmt: skip
     return [dq, dk, dv]
 
 
 @_backward_op.register_fake
-def _(gradient, q, k, v, bias, seed, logs, scale, p):  # type: ignore[no-untyped-def]
+def _(gradient, q, k, v, bias, seeds, logs, scale, p, site):  # type: ignore[no-untyped-def]
     return [t.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3])) for t in (q, k, v)]
 
 

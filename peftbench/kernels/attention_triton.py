@@ -7,7 +7,9 @@ is multiplied in where a row is shortest: these kernels wait for arithmetic by e
 import triton
 import triton.language as tl
 
-NUMBERS = ("queries", "keys", "scale", "p", "threshold", "bias_row")
+from peftbench.kernels.dropout_triton import keeps, placed
+
+NUMBERS = ("queries", "keys", "scale", "p", "threshold", "site", "run_programs", "bias_row")
 """Arguments that no kernel is compiled for: one serves every length that it holds."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(-1e30)
@@ -33,27 +35,17 @@ def scores(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def scrambled(x, key):  # type: ignore[no-untyped-def]
-    """Return numbers of 32 bits whose upper bits depend on all of x: the middle of Wellons' hash "lowbias32"."""
-    x = x * 0x7FEB352D + key
-    x ^= x >> 15
-    return x * 0x846CA68B
-
-
-@triton.jit
-def keeps(seed_ptr, program, first, threshold, queries: tl.constexpr, keys: tl.constexpr):  # type: ignore[no-untyped-def]
+def kept_shares(seed_ptr, program, run_programs, site, first, threshold, queries: tl.constexpr, keys: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return which shares dropout keeps [queries, keys], from query `first` on; with one seed always the same."""
-    seed = tl.load(seed_ptr)
-    start = scrambled(seed.to(tl.uint32) ^ program.to(tl.uint32), (seed >> 32).to(tl.uint32))
-    start = scrambled(start ^ (start >> 16), program.to(tl.uint32))
-    key = scrambled(start ^ (start >> 16), 1)
-    place = ((first + tl.arange(0, queries))[:, None] * keys + tl.arange(0, keys)[None, :]).to(tl.uint32)
-    return scrambled(place + start, key).to(tl.int32, bitcast=True) >= threshold
+    start, key = placed(tl.load(seed_ptr + program // run_programs), site, program % run_programs)
+    place = (first + tl.arange(0, queries))[:, None] * keys + tl.arange(0, keys)[None, :]
+    return keeps(place, start, key, threshold)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def short_attention_forward(  # type: ignore[no-untyped-def]
-    q_ptr, k_ptr, v_ptr, bias_ptr, seed_ptr, out_ptr, log_ptr, heads, queries, keys, scale, p, threshold,
+    q_ptr, k_ptr, v_ptr, bias_ptr, seed_ptr, out_ptr, log_ptr,
+    heads, queries, keys, scale, p, threshold, site, run_programs,
     q_n, q_h, q_t, k_n, k_h, k_t, v_n, v_h, v_t, bias_row,
     biased: tl.constexpr, dropped: tl.constexpr, exact: tl.constexpr,
     width: tl.constexpr, block: tl.constexpr, keys_held: tl.constexpr,
@@ -71,7 +63,9 @@ def short_attention_forward(  # type: ignore[no-untyped-def]
     total = tl.sum(power, axis=1)
     factor = 1.0 / total
     if dropped:
-        power = tl.where(keeps(seed_ptr, program, first, threshold, block, keys_held), power, 0.0)
+        power = tl.where(
+            kept_shares(seed_ptr, program, run_programs, site, first, threshold, block, keys_held), power, 0.0
+        )
         factor /= 1.0 - p
     if exact:
         out = tl.dot(power, v, input_precision="ieee")
@@ -85,7 +79,7 @@ def short_attention_forward(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=NUMBERS)
 def short_attention_backward(  # type: ignore[no-untyped-def]
     g_ptr, q_ptr, k_ptr, v_ptr, bias_ptr, seed_ptr, log_ptr, dq_ptr, dk_ptr, dv_ptr,
-    heads, queries, keys, scale, p, threshold,
+    heads, queries, keys, scale, p, threshold, site, run_programs,
     g_n, g_h, g_t, q_n, q_h, q_t, k_n, k_h, k_t, v_n, v_h, v_t, bias_row,
     biased: tl.constexpr, dropped: tl.constexpr, exact: tl.constexpr,
     width: tl.constexpr, block: tl.constexpr, keys_held: tl.constexpr,
@@ -112,7 +106,7 @@ def short_attention_backward(  # type: ignore[no-untyped-def]
             by_share = tl.dot(g, tl.trans(v))
         used = share
         if dropped:
-            keep = keeps(seed_ptr, program, first, threshold, block, keys_held)
+            keep = kept_shares(seed_ptr, program, run_programs, site, first, threshold, block, keys_held)
             used = tl.where(keep, share, 0.0)
             by_share = tl.where(keep, by_share, 0.0)
         by_score = share * (by_share - tl.sum(share * by_share, axis=1)[:, None])

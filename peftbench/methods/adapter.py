@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from peftbench.config import build
 from peftbench.errors import UserError, nearest
 from peftbench.methods import peft_format
-from peftbench.methods.base import Delta, LinearDelta, Method, NormDelta, StepEnd, base_parameters
+from peftbench.methods.base import Delta, LinearDelta, Method, NormDelta, RunDropout, StepEnd, base_parameters
 from peftbench.methods.sites import Injection
 from peftbench.models.quantized import QuantizedLinear
 from peftbench.models.roles import Site, packable, shared_inputs
@@ -85,6 +85,8 @@ class Adapter:
             self.deltas.append((site, delta.to(device)))
         if self.shared is not None:
             self.shared.to(next(model.parameters()).device)
+        for number, dropout in enumerate(self.dropouts(), start=1):
+            dropout.number = number
         keys = [_key(site) for site, _ in self.deltas]
         twice = sorted({key for key in keys if keys.count(key) > 1})
         if twice:
@@ -107,6 +109,11 @@ class Adapter:
         return [(_key(site), delta) for site, delta in self.deltas] + (
             [] if self.shared is None else [("shared", self.shared)]
         )
+
+    def dropouts(self) -> Iterator[RunDropout]:
+        """Yield the adapter's own dropouts."""
+        for _, delta in self.parts:
+            yield from (module for module in delta.modules() if isinstance(module, RunDropout))
 
     @property
     def _changed(self) -> dict[str, nn.Parameter]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from peftbench.errors import UserError
+from peftbench.kernels.noise import adapter_dropout
 from peftbench.methods.peft_format import PeftFormat
 from peftbench.models.roles import Site
 
@@ -439,13 +440,19 @@ def normal(shape: Sequence[int], std: float, generator: torch.Generator) -> Tens
 
 
 class RunDropout(nn.Module):
-    """Dropout with one rate a run: x [R, ...] → x with entries of run i zeroed at rate p[i] and the rest scaled up."""
+    """Dropout with one rate a run: x [R, ...] → x with entries of run i zeroed at rate p[i] and the rest scaled up.
+
+    Attributes:
+        number: which of its adapter's dropouts this is, from 1 on.
+        first: which of the pack's runs its own begin with.
+    """
 
     keep: Tensor
 
     def __init__(self, rates: Sequence[float]) -> None:
         super().__init__()
         self.rates = list(rates)
+        self.number, self.first = 1, 0
         self.register_buffer("keep", 1 - torch.tensor(self.rates, dtype=torch.float32), persistent=False)
 
     def set(self, rate: float) -> None:
@@ -461,6 +468,9 @@ class RunDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.acts:
             return x
+        dropped = adapter_dropout(x, self.rates, self.number, self.first)
+        if dropped is not None:
+            return dropped
         if len(set(self.rates)) == 1:
             return nn.functional.dropout(x, self.rates[0])
         keep = self.keep.reshape([-1] + [1] * (x.dim() - 1)).to(x.dtype)

@@ -79,6 +79,8 @@ class MixedAdapter(Adapter):
         try:
             for start, stop in self.spans:
                 self.members.append(Adapter(model, methods[start:stop], seeds[start:stop], act=False))
+                for dropout in self.members[-1].dropouts():
+                    dropout.first = start
             self._injection.add_all(self._mixed(), shared_inputs(model))
         except BaseException:
             self.detach()

@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from peftbench.errors import UserError
 from peftbench.kernels.attention import fits, short_attention
+from peftbench.kernels.noise import active
 
 ATTENTION = "peftbench_sdpa"
 """Name of attention and mask functions in `transformers`' registries."""
@@ -87,10 +88,20 @@ def _attend(
         if torch.is_grad_enabled() and fits(query, key, value, attention_mask, dropout):
             scale = kwargs.get("scaling")
             scale = query.shape[3] ** -0.5 if scale is None else scale
-            return short_attention(query, key, value, attention_mask, scale, dropout).transpose(1, 2), None
+            seeds, site = _stream(query) if dropout else (None, 0)
+            out = short_attention(query, key, value, attention_mask, scale, dropout, seeds, site)
+            return out.transpose(1, 2), None
     inner = ALL_ATTENTION_FUNCTIONS["sdpa"]
     with _kernels(query, key, attention_mask):
         return cast("tuple[Tensor, Tensor | None]", inner(module, query, key, value, attention_mask, **kwargs))
+
+
+def _stream(query: Tensor) -> tuple[Tensor | None, int]:
+    """Return the runs' seeds and the site, for this call's dropout."""
+    noise = active()
+    if noise is None or query.shape[0] % noise.runs:
+        return None, 0
+    return noise.seeds, noise.site()
 
 
 def _plain(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:

@@ -1,0 +1,170 @@
+"""Each run's own stream of dropout, the same beside whomever it trains.
+
+While a step is made, `torch.nn.functional.dropout` asks a hash (`kernels.dropout`) instead of PyTorch's generator: of
+the run's seed and step, and of how many times dropout was asked for before within the step. All runs of a pack take
+the same way through the base, so that number is theirs alone too; adapters, whose ways differ, count for themselves.
+
+Attention draws from the same streams where its scores are held as such: on a CPU, and in the kernel for short
+sequences. PyTorch's fused attention on a GPU draws from the generator, for the pack as a whole, and so does whatever
+is compiled.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from peftbench.kernels.dropout import SITES, kept, run_dropout
+
+STRIDE = 0x9E3779B97F4A7C15 - 2**64
+"""What a step adds to a seed: odd, so that 2⁶⁴ steps pass before one comes again."""
+BASE = 0
+"""Who asks for dropout: the base and the head, or (from 1 on) a part of an adapter."""
+
+F = nn.functional
+_plain_dropout = F.dropout
+_plain_attention = F.scaled_dot_product_attention
+_active: Noise | None = None
+"""Whose streams are drawn from: of one pack at a time, and by autograd's threads too."""
+
+
+class Noise:
+    """The streams of a pack's runs.
+
+    Attributes:
+        seeds: what the hash is asked for at this step, int64 [R].
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self._first = [int(np.random.default_rng([seed, STREAM]).integers(2**63)) for seed in seeds]
+        self.seeds = torch.tensor(self._first, dtype=torch.int64, device=device)
+        self._asked: Counter[tuple[int, int]] = Counter()
+        self._part = 0
+
+    @property
+    def runs(self) -> int:
+        """Return R."""
+        return len(self._first)
+
+    def begin(self, done: Sequence[int]) -> None:
+        """Go to where each run is that has made `done` steps."""
+        at = [(first + steps * STRIDE + 2**63) % 2**64 - 2**63 for first, steps in zip(self._first, done, strict=True)]
+        self.seeds.copy_(torch.tensor(at, dtype=torch.int64))
+
+    def advance(self) -> None:
+        """Go on to the next step; on the device, so that a replayed step goes on too."""
+        self.seeds.add_(STRIDE)
+
+    @contextmanager
+    def drawing(self, part: int = 0) -> Iterator[None]:
+        """Let dropout draw from these streams: for one forward and backward pass, the `part`-th of a step."""
+        global _active
+        assert _active is None, "a step within a step"
+        before = F.dropout, F.scaled_dot_product_attention
+        _active, self._part = self, part
+        self._asked.clear()
+        # where shapes alone are traced another dropout stands there; ours is what runs
+        F.dropout, F.scaled_dot_product_attention = _dropout, _attention_over(before[1])
+        try:
+            yield
+        finally:
+            F.dropout, F.scaled_dot_product_attention = before
+            _active = None
+
+    def site(self, who: int = BASE, first: int = 0) -> int:
+        """Return a number for this call of dropout, another for each that the same runs, from `first` on, make."""
+        self._asked[who, first] += 1
+        mixed = (self._part * 0x9E3779B1 + who * 0x85EBCA6B + self._asked[who, first] * 0xC2B2AE35) % 2**32
+        return (mixed ^ mixed >> 15) % SITES
+
+    @contextmanager
+    def _again(self, asked: Counter[tuple[int, int]]) -> Iterator[None]:
+        """Go through a part of the forward pass once more, in whose beginning so much had been asked for."""
+        before, self._asked = self._asked, asked.copy()
+        try:
+            yield
+        finally:
+            self._asked = before
+
+
+STREAM = 0x64726F70
+"""Keeps these streams apart from what else a run's seed draws."""
+
+
+def active() -> Noise | None:
+    """Return the streams of the step that is being made, if there are any."""
+    return None if torch.compiler.is_compiling() else _active
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the contexts of a checkpointed part's forward pass, and of its repetition: that draws the same."""
+    if _active is None:
+        return nullcontext(), nullcontext()
+    return nullcontext(), _active._again(_active._asked.copy())
+
+
+def adapter_dropout(x: Tensor, rates: Sequence[float], who: int, first: int) -> Tensor | None:
+    """Drop from x [R', ...] of the runs from `first` on, each at its rate; None: no step is being made.
+
+    Args:
+        who: the part of the adapter that asks, from 1 on.
+    """
+    noise = active()
+    if noise is None:
+        return None
+    return run_dropout(x, noise.seeds[first : first + len(rates)], noise.site(who, first), rates)
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    noise = active()
+    if noise is None or not training or not 0 < p < 1 or inplace or input.shape[0] % noise.runs:
+        return _plain_dropout(input, p, training, inplace)
+    return run_dropout(input, noise.seeds, noise.site(), [p] * noise.runs)
+
+
+def _attention_over(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return _attention if plain is _plain_attention else plain
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    noise = active()
+    how: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+    if noise is None or not 0 < dropout_p < 1 or query.device.type != "cpu" or query.shape[0] % noise.runs:
+        return _plain_attention(query, key, value, attn_mask, dropout_p, is_causal, **how)
+    shape = torch.Size((*query.shape[:3], key.shape[2]))
+    mask = kept(noise.seeds, noise.site(), shape.numel() // noise.runs, [dropout_p] * noise.runs).view(shape)
+    shares = _shares(query, key, attn_mask, is_causal, query.shape[3] ** -0.5 if scale is None else scale)
+    value = _repeated(value, query)
+    return torch.matmul(shares * mask, value).mul_(1 / (1 - dropout_p))
+
+
+def _shares(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """Return attention's softmax [rows, H, T, T'], as PyTorch makes it where all scores are held."""
+    scores = torch.matmul(query * scale, _repeated(key, query).transpose(2, 3))
+    if causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(mask.logical_not(), -torch.inf) if mask.dtype == torch.bool else scores + mask
+    # zeros where a query sees nothing
+    return torch._safe_softmax(scores.float(), -1).to(query.dtype)
+
+
+def _repeated(key: Tensor, query: Tensor) -> Tensor:
+    """Return keys or values with as many heads as there are of queries."""
+    times = query.shape[1] // key.shape[1]
+    return key if times == 1 else key.repeat_interleave(times, dim=1)
