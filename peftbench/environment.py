@@ -77,21 +77,34 @@ def pick_device(device: str) -> str:
     return ("cuda" if present else "cpu") if device == "auto" else device
 
 
-def begin_gpu() -> None:
+def begin_gpu() -> threading.Thread:
     """Let a thread of its own make this process's first contact with a GPU, if there is one, while others import.
 
-    What it takes is a fraction of a second in the driver. Whoever needs the GPU before that is done waits, and hears of
-    what is wrong with it.
+    Contact takes a fraction of a second in the driver, as does loading cuBLAS at the first matrix products, and reading
+    Triton's own files through for the key that its kernels are kept under. Whoever needs one of them before it is done
+    waits, and hears of what is wrong with it. Returns the thread.
     """
 
     def first_contact() -> None:
         with contextlib.suppress(Exception):
             import torch
 
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            if not torch.cuda.is_available():
+                return
+            torch.cuda.synchronize()
+            for dtype in (torch.bfloat16, torch.float32):
+                ones = torch.ones(2, 16, 16, device="cuda", dtype=dtype)  # random numbers would be missing to the runs
+                torch.mm(ones[0], ones[1])
+                torch.bmm(ones, ones)
+            torch.cuda.synchronize()
+            # Last: importing Triton imports nothing of torch, so whoever waits for the one holds nothing of the other
+            from triton.runtime.cache import triton_key
 
-    threading.Thread(target=first_contact, name="first contact with the GPU", daemon=True).start()
+            triton_key()
+
+    thread = threading.Thread(target=first_contact, name="first contact with the GPU", daemon=True)
+    thread.start()
+    return thread
 
 
 def memory(device: str) -> tuple[int, int] | None:

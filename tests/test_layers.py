@@ -19,6 +19,7 @@ ALLOWED = {
     "plan": {"errors", "record"},
     "store": {"errors", "record"},
     "environment": {"errors"},
+    "startup": set(),
     "pace": set(),
     "progress": {"record", "pace"},
     "kernels": {"errors"},
