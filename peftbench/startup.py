@@ -15,7 +15,7 @@ import importlib.metadata
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
@@ -131,11 +131,8 @@ class _Loader(SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
         names, change = CHANGES[self.name]
         code: Any = self.get_code(self.name)
-        if names <= set(code.co_names):
-            with change(module):
-                super().exec_module(module)
-        else:
-            super().exec_module(module)
+        with change(module) if names <= set(code.co_names) else nullcontext():
+            exec(code, module.__dict__)
 
 
 class _Finder(MetaPathFinder):
