@@ -160,12 +160,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def watched() -> bool:
-    """Return whether somebody goes on when the program, this function's caller's caller, is done, or writes then.
+    """Return whether somebody goes on when `program`, this function's caller's caller, is done, or writes then.
 
     That is whoever runs it within a program of its own (cProfile, coverage, pdb, trace), python -i, and libraries put
     into the process from outside, as profilers of GPUs are.
     """
-    frame, callers = sys._getframe(2).f_back, []
+    frame, callers = sys._getframe(3).f_back, []
     while frame is not None:
         callers.append(frame.f_globals.get("__name__"))
         frame = frame.f_back
@@ -194,8 +194,13 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-if __name__ == "__main__":
+def program() -> NoReturn:
+    """Run the command line as a program of its own: `python -m peftbench`, or `peftbench`."""
     # Imports make a hundred thousand objects that stay: looking through them again and again takes a second
     gc.set_threshold(10_000, 20, 50)
     startup.lighten()
     leave(main())
+
+
+if __name__ == "__main__":
+    program()

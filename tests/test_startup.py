@@ -230,9 +230,15 @@ def witness(tmp_path):
     return tmp_path / "path", tmp_path / "seen"
 
 
-def test_nothing_is_taken_apart_but_all_is_written(witness):
+SCRIPT = "import sys\nfrom peftbench.__main__ import program\nif __name__ == '__main__':\n    sys.exit(program())\n"
+"""What an installation makes of `[project.scripts]`."""
+
+
+@pytest.mark.parametrize("started", [["-m", "peftbench"], ["script.py"]], ids=["module", "script"])
+def test_nothing_is_taken_apart_but_all_is_written(started, witness):
     path, seen = witness
-    done = python("-m", "peftbench", "methods", "--json", path=path, WITNESS=str(seen), THREAD="1")
+    (path / "script.py").write_text(SCRIPT)
+    done = python(*started, "methods", "--json", path=path, WITNESS=str(seen), THREAD="1")
     assert done.returncode == 0
     assert done.stderr == "work done\n"
     assert done.stdout.endswith("]\nlast words\n")

@@ -1,6 +1,7 @@
 """``sweep`` and ``run``: train what is asked for, then show it."""
 
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -229,12 +230,17 @@ REPORT_NEEDS = (
 )  # fmt: skip
 
 
+WARM_SECONDS = 4.0
+"""How long a GPU's first steps may keep the host busy: kernels are looked up and compiled, steps made one by one."""
+
+
 def load_report(specs: Sequence[Any]) -> None:
     """While a GPU trains, which leaves the host idle, import what the report will need; not where it would compete."""
     if not specs[0].device.startswith("cuda"):
         return
 
     def load() -> None:
+        time.sleep(WARM_SECONDS)
         for module in REPORT_NEEDS:
             with suppress(ImportError):  # the report says what it lacks
                 import_module(module)
