@@ -5,8 +5,8 @@ the run's seed and step, and of how many times dropout was asked for before with
 the same way through the base, so that number is theirs alone too; adapters, whose ways differ, count for themselves.
 
 Attention draws from the same streams where its scores are held as such: on a CPU, and in the kernel for short
-sequences. PyTorch's fused attention on a GPU draws from the generator, for the pack as a whole, and so does whatever
-is compiled.
+sequences (`kernels.attention`). PyTorch's fused attention on a GPU draws from the generator, for the pack as a whole,
+and so does whatever is compiled.
 """
 
 from __future__ import annotations
