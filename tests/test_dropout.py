@@ -155,6 +155,9 @@ def test_what_has_no_rows_and_what_is_switched_off_is_left_to_pytorch():
         torch.manual_seed(0)
         ours = F.dropout(x, 0.5)
         assert torch.equal(F.dropout(x, 0.5, training=False), x)
+        assert F.dropout(torch.ones(()), 0.5) in (0.0, 2.0)  # no axis at all
+        flat = torch.ones(2, 6, 4)
+        assert F.scaled_dot_product_attention(flat, flat, flat, dropout_p=0.5).shape == flat.shape
     torch.manual_seed(0)
     assert torch.equal(ours, F.dropout(x, 0.5))
 

@@ -52,6 +52,10 @@ class Noise:
         """Return R."""
         return len(self._first)
 
+    def divides(self, rows: Tensor) -> bool:
+        """Return whether a tensor's first axis can be that of the runs' rows."""
+        return rows.dim() > 0 and rows.shape[0] % self.runs == 0
+
     def begin(self, done: Sequence[int]) -> None:
         """Go to where each run is that has made `done` steps."""
         at = [(first + steps * STRIDE + 2**63) % 2**64 - 2**63 for first, steps in zip(self._first, done, strict=True)]
@@ -123,7 +127,7 @@ def adapter_dropout(x: Tensor, rates: Sequence[float], who: int, first: int) -> 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     noise = active()
-    if noise is None or not training or not 0 < p < 1 or inplace or input.shape[0] % noise.runs:
+    if noise is None or not training or not 0 < p < 1 or inplace or not noise.divides(input):
         return _plain_dropout(input, p, training, inplace)
     return run_dropout(input, noise.seeds, noise.site(), [p] * noise.runs)
 
@@ -144,7 +148,8 @@ def _attention(
 ) -> Tensor:
     noise = active()
     how: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
-    if noise is None or not 0 < dropout_p < 1 or query.device.type != "cpu" or query.shape[0] % noise.runs:
+    held = query.device.type == "cpu" and query.dim() == 4
+    if noise is None or not 0 < dropout_p < 1 or not held or not noise.divides(query):
         return _plain_attention(query, key, value, attn_mask, dropout_p, is_causal, **how)
     shape = torch.Size((*query.shape[:3], key.shape[2]))
     mask = kept(noise.seeds, noise.site(), shape.numel() // noise.runs, [dropout_p] * noise.runs).view(shape)

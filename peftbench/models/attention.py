@@ -99,7 +99,7 @@ def _attend(
 def _stream(query: Tensor) -> tuple[Tensor | None, int]:
     """Return the runs' seeds and the site, for this call's dropout."""
     noise = active()
-    if noise is None or query.shape[0] % noise.runs:
+    if noise is None or not noise.divides(query):
         return None, 0
     return noise.seeds, noise.site()
 

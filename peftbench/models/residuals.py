@@ -73,7 +73,7 @@ def _end(module: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         or norm.weight is None
         or norm.bias is None
         or not residual_norm.fits(x, input_tensor, norm.weight, norm.bias)
-        or (p and (noise is None or not 0 < p < 1 or x.shape[0] % noise.runs))
+        or (p and (noise is None or not 0 < p < 1 or not noise.divides(x)))
     ):
         return norm(dropout(x) + input_tensor)  # type: ignore[no-any-return]
     seeds, site = (noise.seeds, noise.site()) if p and noise is not None else (None, 0)
