@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import contextlib
+import errno
 import gc
 import os
 import shlex
@@ -155,6 +156,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a list, such as head, has seen enough
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"peftbench: {error.strerror}: the output could not be written", file=sys.stderr)
+        # what waits to be written there goes nowhere, instead of failing once more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except KeyboardInterrupt:
         return 130
 

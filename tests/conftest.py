@@ -1,6 +1,8 @@
 """Shared fixtures: few threads, no network, and a hand-made spec and record."""
 
 import os
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -25,6 +27,14 @@ def triton_interprets_loops() -> bool:
         return not _before("triton", 3, 7) or _before("numpy", 2, 4)
     except PackageNotFoundError:
         return False
+
+
+def pass_in_interpreter(file: str) -> None:
+    """Run a file's tests on the CPU with Triton's kernels in its interpreter, in a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def make_spec(**changes: Any) -> RunSpec:

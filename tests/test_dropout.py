@@ -1,9 +1,5 @@
 """Dropout by a hash: kernel against plain PyTorch, its statistics, and that a run's masks are its own."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from peftbench.kernels.backend import interpreted, traced_for
 from peftbench.kernels.dropout import _dropped, kept, run_dropout
 from peftbench.kernels.noise import STRIDE, Noise, active, adapter_dropout, checkpoint_contexts
-from tests.conftest import triton_interprets_loops
+from tests.conftest import pass_in_interpreter, triton_interprets_loops
 
 F = nn.functional
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
@@ -226,7 +222,4 @@ def test_long_runs_have_more_than_one_program():
 @pytest.mark.skipif(interpreted(), reason="runs the tests above in the interpreter")
 @pytest.mark.skipif(not triton_interprets_loops(), reason="needs Triton 3.7, or Triton and NumPy before 2.4")
 def test_the_kernel_in_tritons_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    pass_in_interpreter(__file__)

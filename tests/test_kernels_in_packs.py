@@ -1,15 +1,12 @@
 """Whole packs through the Triton kernels, in the interpreter: a run's losses are those it has alone, with dropout."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from peftbench.kernels import adamw, attention, dropout, residual_norm
 from peftbench.kernels.backend import interpreted
-from tests.conftest import triton_interprets_loops
+from tests.conftest import pass_in_interpreter, triton_interprets_loops
 from tests.test_run import same_traces, tiny
 
 MODEL = {"model__architecture__num_attention_heads": 2}
@@ -54,7 +51,4 @@ def test_traces_packed_and_alone(method, tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.skipif(interpreted(), reason="runs the test above in the interpreter")
 @pytest.mark.skipif(not triton_interprets_loops(), reason="needs Triton 3.7, or Triton and NumPy before 2.4")
 def test_packs_in_tritons_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    pass_in_interpreter(__file__)

@@ -1,9 +1,6 @@
 """AdamW's kernels over a pack: against the same steps in plain PyTorch, on a GPU and in the interpreter."""
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -16,7 +13,7 @@ from peftbench.engine.optimizer import PackedAdamW, Recipe
 from peftbench.kernels.adamw import boundaries
 from peftbench.kernels.backend import interpreted
 from peftbench.kernels.blockwise import dynamic_map
-from tests.conftest import triton_interprets_loops
+from tests.conftest import pass_in_interpreter, triton_interprets_loops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not interpreted() else "cpu")
 runs_here = pytest.mark.skipif(
@@ -164,7 +161,4 @@ def test_boundaries_lie_between_the_map_s_values(signed):
 @pytest.mark.skipif(interpreted(), reason="runs the tests above in the interpreter")
 @pytest.mark.skipif(not triton_interprets_loops(), reason="needs Triton 3.7, or Triton and NumPy before 2.4")
 def test_the_kernels_in_tritons_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    pass_in_interpreter(__file__)

@@ -1,9 +1,5 @@
 """A sublayer's end in one kernel: against plain PyTorch in float64, and where models take it."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,7 +16,7 @@ from peftbench.kernels.backend import interpreted, traced_for
 from peftbench.kernels.noise import Noise
 from peftbench.kernels.residual_norm import fits, reference
 from peftbench.models import residuals
-from tests.conftest import triton_interprets_loops
+from tests.conftest import pass_in_interpreter, triton_interprets_loops
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
 runs_here = pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="needs a GPU, or Triton's interpreter")
@@ -173,7 +169,4 @@ def test_only_the_sum_is_kept_where_shapes_stand_for_a_gpu_s():
 @pytest.mark.skipif(interpreted(), reason="runs the tests above in the interpreter")
 @pytest.mark.skipif(not triton_interprets_loops(), reason="needs Triton 3.7, or Triton and NumPy before 2.4")
 def test_the_kernels_in_tritons_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    pass_in_interpreter(__file__)

@@ -1,8 +1,5 @@
 """The kernel for attention on short sequences: against plain PyTorch in float64, on a GPU and in the interpreter."""
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +12,7 @@ from peftbench.kernels.attention import fits, reference, short_attention
 from peftbench.kernels.backend import interpreted, traced_for
 from peftbench.kernels.noise import Noise
 from peftbench.models.attention import prefixable_attention
-from tests.conftest import triton_interprets_loops
+from tests.conftest import pass_in_interpreter, triton_interprets_loops
 
 DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
 runs_here = pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="needs a GPU, or Triton's interpreter")
@@ -159,7 +156,4 @@ def test_shapes_alone_go_its_way_where_they_stand_for_a_gpu():
 @pytest.mark.skipif(interpreted(), reason="runs the tests above in the interpreter")
 @pytest.mark.skipif(not triton_interprets_loops(), reason="needs Triton 3.7, or Triton and NumPy before 2.4")
 def test_the_kernel_in_tritons_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    pass_in_interpreter(__file__)
