@@ -314,12 +314,17 @@ class PackedAdamW:
             others.append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(plain_grads)), keepdim=True))
         if others:
             norms = torch.linalg.vector_norm(torch.stack([norms, *others]), dim=0)
-        if self.packed and not self.plain and (use_triton(self.flat) or kernel_shapes(self.flat)):
-            if use_triton(self.flat):
-                adamw.step(grad, norms, losses.float(), self.alive, self.flat, self._moments.tensors(), self._fixed)
-            self._row.add_(1)
-            self.step_count += 1
-            return
+        if self.packed and not self.plain and use_triton(self.flat):
+            adamw.step(grad, norms, losses.float(), self.alive, self.flat, self._moments.tensors(), self._fixed)
+        elif self.plain or not kernel_shapes(self.flat):  # the kernels allocate next to nothing
+            self._update(grad, norms, losses, plain_grads)
+        for p in self.plain:
+            p.grad = None
+        self._row.add_(1)
+        self.step_count += 1
+
+    def _update(self, grad: Tensor, norms: Tensor, losses: Tensor, plain_grads: list[Tensor]) -> None:
+        """Freeze runs that are no longer finite and update the others, in plain PyTorch."""
         # x · 0 is 0 where x is finite, else NaN, which equals nothing
         self.alive &= norms * 0 == losses * 0
         shrink = (self._clip / (norms + 1e-6)).clamp(max=1.0)
@@ -327,10 +332,6 @@ class PackedAdamW:
         self._update_packed(grad, shrink.unsqueeze(-1), now)
         if self._fused is not None:
             self._update_plain(plain_grads, shrink, now)
-        for p in self.plain:
-            p.grad = None
-        self._row.add_(1)
-        self.step_count += 1
 
     def _flat_gradient(self) -> Tensor:
         """Return all packed gradients as one tensor [R, N], and clear them."""

@@ -53,7 +53,9 @@ def kept(seeds: Tensor, site: int, count: int, rates: Sequence[float]) -> Tensor
     upper = x >> 15
     x.bitwise_xor_(upper.bitwise_and_(2**17 - 1))
     x.mul_(SECOND - 2**32)
-    return x >= _numbers(tuple(rates), seeds.device)[0][:, None]
+    # one number for all runs is no tensor, which a trace of shapes would count where it is first made
+    least = _numbers(tuple(rates), seeds.device)[0][:, None] if len(set(rates)) > 1 else threshold(rates[0])
+    return x >= least
 
 
 def _placed(seeds: Tensor, site: int) -> tuple[Tensor, Tensor]:

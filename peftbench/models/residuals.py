@@ -64,20 +64,23 @@ def _dumped(lines: list[ast.stmt]) -> list[str]:
 def _end(module: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
     x: Tensor = module.dense(hidden_states)
     dropout, norm = module.dropout, module.LayerNorm
-    if not (torch.is_grad_enabled() and _as_made(dropout, nn.Dropout) and _as_made(norm, nn.LayerNorm)):
+    if not _fits(dropout, norm, x, input_tensor):
         return norm(dropout(x) + input_tensor)  # type: ignore[no-any-return]
     noise, p = active(), dropout.p if dropout.training else 0.0
-    if (
-        torch.compiler.is_compiling()
-        or torch.is_autocast_enabled(x.device.type)
-        or norm.weight is None
-        or norm.bias is None
-        or not residual_norm.fits(x, input_tensor, norm.weight, norm.bias)
-        or (p and (noise is None or not 0 < p < 1 or not noise.divides(x)))
-    ):
-        return norm(dropout(x) + input_tensor)  # type: ignore[no-any-return]
     seeds, site = (noise.seeds, noise.site()) if p and noise is not None else (None, 0)
     return residual_norm.residual_norm(x, input_tensor, norm.weight, norm.bias, norm.eps, p, seeds, site)
+
+
+def _fits(dropout: Any, norm: Any, x: Tensor, residual: Tensor) -> bool:
+    """Return whether the kernel can stand for these modules now, with a stream to drop by if anything is dropped."""
+    if not (torch.is_grad_enabled() and _as_made(dropout, nn.Dropout) and _as_made(norm, nn.LayerNorm)):
+        return False
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return False
+    if norm.weight is None or norm.bias is None or not residual_norm.fits(x, residual, norm.weight, norm.bias):
+        return False
+    noise, drops = active(), dropout.training and dropout.p > 0
+    return not drops or (noise is not None and dropout.p < 1 and noise.divides(x))
 
 
 def _as_made(module: Any, kind: type[nn.Module]) -> bool:
