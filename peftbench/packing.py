@@ -2,10 +2,10 @@
 
 Runs of a pack share the frozen base's products. While a step leaves the device waiting for work, more rows are nearly
 free and the time per run falls; once the device is busy it stays, and a larger pack wins nothing. Where that happens
-depends on model, methods, batch, length and machine, so it is measured: 1, 2, 4, … runs of the group itself, in the
-group's order, on a batch of the length that training mostly pads to, against the same runs one after another. With
-`train.execution` of the compiled kind steps are timed uncompiled: compiling each size would take longer than it can
-win.
+depends on model, methods, batch, length and machine, so it is measured: 1, 4, 16, … runs of the group itself on a GPU
+and 1, 2, 4, … on a CPU, in the group's order, on a batch of the length that training mostly pads to, against the same
+runs one after another. With `train.execution` of the compiled kind steps are timed uncompiled: compiling each size
+would take longer than it can win.
 """
 
 from __future__ import annotations
@@ -29,11 +29,15 @@ from peftbench.record import RunSpec, canonical, digest, profile_id, task_conten
 from peftbench.store import Store
 from peftbench.tasks.base import Encoded
 
-DEFAULT = {"cuda": 8, "cpu": 4}
+DEFAULT = {"cuda": 16, "cpu": 4}
 """Runs side by side where nothing was measured."""
+FACTOR = {"cuda": 4, "cpu": 2}
+"""How many times as many runs the next pack has; on a GPU a size takes longer to set up than to time."""
 MOST = {"cuda": 64, "cpu": 8}
 FALLING = 0.05
-"""A pack is doubled while that lowers its time by at least this share, against the same runs one after another."""
+"""A pack grows while that lowers its time by at least this share, against the same runs one after another."""
+EQUAL = 0.02
+"""Sizes on a GPU whose shares of the time differ by less are equal; then the larger one: packs have their own costs."""
 GAIN = 0.02
 """Packs that win less than this share of the time of runs alone are not worth it: then each goes alone."""
 FEWEST = 1000
@@ -70,10 +74,14 @@ Fitting = Callable[[Sequence[RunSpec], int], int]
 """Tells how many of some runs, up to a number, fit side by side into memory."""
 
 
-def best(curve: Mapping[int, Step]) -> int:
-    """Return the size that saves most time; 1 if that is less than `GAIN`."""
+def best(curve: Mapping[int, Step], kind: str) -> int:
+    """Return the size that saves most time, on a GPU the largest that saves as much; 1 if that is less than `GAIN`."""
     size = min(curve, key=lambda runs: (curve[runs].share, runs))
-    return size if curve[size].share <= 1 - GAIN else 1
+    if curve[size].share > 1 - GAIN:
+        return 1
+    if kind == "cpu":
+        return size
+    return max(runs for runs, step in curve.items() if step.share <= (1 + EQUAL) * curve[size].share)
 
 
 def grow(
@@ -82,10 +90,11 @@ def grow(
     fits: Callable[[int], int],
     step: Callable[[int], Step],
     affordable: Callable[[Curve, int], bool],
+    factor: int = 2,
 ) -> tuple[Curve, str]:
-    """Time packs of doubling size and return the curve, and why it ends.
+    """Time packs of growing size and return the curve, and why it ends.
 
-    Reasons: "flat" (the last doubling won less than `FALLING`), "runs" (`limit` is reached), "memory", "time".
+    Reasons: "flat" (the last size won less than `FALLING`), "runs" (`limit` is reached), "memory", "time".
 
     Args:
         known: what was timed before; it is not timed again.
@@ -93,6 +102,7 @@ def grow(
         fits: tells how many runs, up to a number, memory is predicted to hold.
         step: times a step of so many runs; may raise torch.OutOfMemoryError.
         affordable: whether the next size may be timed after a curve.
+        factor: how many times as large the next size is.
     """
     curve, last, size = dict(known), 0, 1
     while True:
@@ -107,7 +117,7 @@ def grow(
             return curve, "flat"
         if size >= limit:
             return curve, "runs"
-        larger = fits(min(2 * size, limit))
+        larger = fits(min(factor * size, limit))
         if larger <= size:
             return curve, "memory"
         last, size = size, larger
@@ -255,18 +265,18 @@ class Packing:
         key = packing_id(members)
         kept = self.store.packing(key)
         known: Curve = {} if kept is None else _read(kept)
-        if known and best(known) >= runs:
+        if known and best(known, self.kind) >= runs:
             curve, ended = known, "runs"
         elif kept is not None and known and kept.get("runs", 0) >= runs:
             curve, ended = known, str(kept["ended"])  # a group no larger than the one it was measured for
         else:
             curve, ended = self._measured(members, key, known)
-        size = best(curve) if curve else 1
+        size = best(curve, self.kind) if curve else 1
         if not curve or (ended == "time" and size == max(curve)):
             size = max(size, DEFAULT[self.kind])  # for all that is known a larger pack wins more
         size = self.fitting(members, min(size, runs))
         if len(curve) > 1:
-            self.tell(line(members, curve, size))
+            self.tell(line(members, curve, size, self.kind))
         return size
 
     def _measured(self, members: Sequence[RunSpec], key: str, known: Curve) -> tuple[Curve, str]:
@@ -286,7 +296,7 @@ class Packing:
 
         budget = Budget(self.kind, run_steps(members) if self.measure else 0, self.clock)
         try:
-            curve, ended = grow(known, limit, lambda most: self.fitting(members, most), step, budget)
+            curve, ended = grow(known, limit, lambda most: self.fitting(members, most), step, budget, FACTOR[self.kind])
         except Exception as error:  # noqa: BLE001  the runs meet the same error and record it
             free(torch.device(members[0].device))
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -311,7 +321,7 @@ class Packing:
             "sizes": sizes,
             "step_seconds": [curve[size].together for size in sizes],
             "alone_seconds": [curve[size].alone for size in sizes],
-            "chosen": best(curve),
+            "chosen": best(curve, self.kind),
             "ended": ended,
             "runs": len(members),
             "device_kind": first.identity["device_kind"],
@@ -341,9 +351,10 @@ def _named(members: Sequence[RunSpec]) -> str:
     return f"{shown} on {first.task['name']} with {first.model['name']}"
 
 
-def line(members: Sequence[RunSpec], curve: Curve, size: int) -> str:
+def line(members: Sequence[RunSpec], curve: Curve, size: int, kind: str) -> str:
     """Return what is said of a choice: the size, and the best pack measured against a run alone, on average."""
-    shown = best(curve) if best(curve) > 1 else max(curve)
+    shown = best(curve, kind)
+    shown = shown if shown > 1 else max(curve)
     step = curve[shown]
     times = f"1 run {1000 * step.alone / shown:.1f} ms, {shown} runs {1000 * step.together:.1f} ms a step"
     gain = step.alone / step.together
