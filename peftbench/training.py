@@ -22,6 +22,7 @@ from torch import Tensor
 from peftbench.assembly import Assembly, Setting, assembled, backbone_of
 from peftbench.carry import Carried, Tensors, best_of, carried, load, resume
 from peftbench.config import TrainConfig
+from peftbench.engine.ahead import rehearse
 from peftbench.engine.batches import Bucket, TokenTable, make_buckets, packed_batches, steps_per_epoch
 from peftbench.engine.glance import Glance
 from peftbench.engine.loop import train
@@ -291,19 +292,17 @@ def _steps(
 
     listener.members(setting.specs)
     listener.phase("train")
-    make_step = stepper(
-        config.execution,
-        assembly.objective,
-        optimizer,
-        pack.table,
-        accumulation=config.accumulation,
-        autocast=setting.autocast,
-    )
+    parts = (assembly.objective, optimizer, pack.table)
+    how: dict[str, Any] = {"accumulation": config.accumulation, "autocast": setting.autocast}
+    make_step = stepper(config.execution, *parts, **how)
     seeds = [s.seed for s in setting.specs]
+    batches = list(packed_batches(pack.buckets, config.batch_size, seeds, length, done))
+    if not config.execution.startswith("compiled"):
+        rehearse(*parts, batches, **how, running=make_step.running)
     trace = train(
         assembly.objective,
         make_step,
-        list(packed_batches(pack.buckets, config.batch_size, seeds, length, done)),
+        batches,
         evaluate_at=evaluate_at,
         evaluate=evaluate,
         on_step=on_step,

@@ -146,11 +146,15 @@ class GraphSteps:
             return "compiled_graphs" if self.replayed else "compiled"
         return "graphs" if self.replayed else "eager"
 
+    def running(self) -> AbstractContextManager[object]:
+        """Return the context that steps run in."""
+        return self._recorder.running()
+
     def __call__(self, batch: PackedBatch) -> Tensor:
         parts = parts_of(batch.items, self._accumulation)
         shape = self._shape(batch, [part.size for part in parts])
         rows = self._table.index(np.concatenate([part.reshape(-1) for part in parts]))
-        with self._recorder.running():
+        with self.running():
             shape.index.copy_(rows, non_blocking=True)
             enough = min(1, self._eager_steps) if self.replayed else self._eager_steps
             if shape.replay is None and shape.steps >= enough and self.failure is None:

@@ -307,6 +307,25 @@ class PackedAdamW:
     def step(self, losses: Tensor) -> None:
         """Update every run whose `losses` [R] and gradients are finite, and clear the gradients."""
         assert self.step_count < len(self.rates), "more steps than the optimizer was made for"
+        self._apply(losses)
+        self._row.add_(1)
+        self.step_count += 1
+
+    @torch.no_grad()
+    def rehearse(self, losses: Tensor) -> None:
+        """Ask for the kernels that a step launches, where nothing is launched, and clear the gradients."""
+        if self._in_kernels:
+            self._apply(losses)
+        for p in (*self.packed, *self.plain):
+            p.grad = None
+
+    @property
+    def _in_kernels(self) -> bool:
+        """Whether the whole update is Triton's."""
+        return bool(self.packed) and not self.plain and use_triton(self.flat)
+
+    def _apply(self, losses: Tensor) -> None:
+        """Update every run whose losses and gradients are finite, and clear the gradients."""
         grad = self._flat_gradient()
         norms, *others = (torch.linalg.vector_norm(grad[:, columns], dim=1) for columns in self._moments.chunks())
         plain_grads = [p.grad for p in self.plain if p.grad is not None]
@@ -314,14 +333,12 @@ class PackedAdamW:
             others.append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(plain_grads)), keepdim=True))
         if others:
             norms = torch.linalg.vector_norm(torch.stack([norms, *others]), dim=0)
-        if self.packed and not self.plain and use_triton(self.flat):
+        if self._in_kernels:
             adamw.step(grad, norms, losses.float(), self.alive, self.flat, self._moments.tensors(), self._fixed)
         elif self.plain or not kernel_shapes(self.flat):  # the kernels allocate next to nothing
             self._update(grad, norms, losses, plain_grads)
         for p in self.plain:
             p.grad = None
-        self._row.add_(1)
-        self.step_count += 1
 
     def _update(self, grad: Tensor, norms: Tensor, losses: Tensor, plain_grads: list[Tensor]) -> None:
         """Freeze runs that are no longer finite and update the others, in plain PyTorch."""

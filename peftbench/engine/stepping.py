@@ -30,6 +30,9 @@ class Stepper(Protocol):
     def capture_seconds(self) -> float:
         """Time spent on capturing graphs."""
 
+    def running(self) -> AbstractContextManager[object]:
+        """Return the context that steps run in."""
+
     def __call__(self, batch: PackedBatch) -> Tensor: ...
 
 
@@ -52,6 +55,10 @@ class EagerSteps:
         self.execution = execution
         self._arguments = (objective, optimizer, table)
         self._accumulation, self._autocast = accumulation, autocast
+
+    def running(self) -> AbstractContextManager[object]:
+        """Return the context that steps run in."""
+        return nullcontext()
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         return train_step(*self._arguments, batch, accumulation=self._accumulation, autocast=self._autocast)
