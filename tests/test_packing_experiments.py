@@ -97,6 +97,28 @@ def test_the_table_compares_whole_commands(scripts: Any) -> None:
     assert wall._rate([{**PEER, "case": "mixed"}], "rte", "hf") is None
 
 
+def test_an_arm_says_which_command_it_is(scripts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    wall, sweeps = scripts("wall"), scripts("sweeps")
+    given: list[Any] = []
+
+    def swept(experiment: str, pack: str, folder: Path, overrides: Any, limit: Any, name: str | None = None) -> Any:
+        given.append((pack, overrides, name))
+        return sweeps.Swept(sweeps.Command("", 1.0, "stopped", "", 0.0), [])
+
+    monkeypatch.setattr(wall.sweeps, "swept", swept)
+    options = wall.parse(["--set", "train.steps=6"])
+    for arm in ("16", "16-eager", "auto", "eager"):
+        wall.measure(wall.CASES["rte"], arm, options, tmp_path)
+    few = [*wall.CASES["rte"].few, "train.steps=6"]
+    assert given == [
+        ("16", ["train.steps=6"], "16"),
+        ("16", ["train.steps=6", "train.execution=eager"], "16-eager"),
+        ("auto", ["train.steps=6"], "auto"),
+        ("1", [*few, "train.execution=eager"], "eager"),
+    ]
+    assert wall._named({**PACKED, "arm": "16-eager", "execution": ["eager"]}) == "pack=16 (eager)"
+
+
 def test_where_the_gain_falls_to_one(scripts: Any) -> None:
     curve = scripts("curve")
     assert curve.falls_to_one([(256, 8.0), (1024, 2.0)]) is None

@@ -7,9 +7,9 @@
 Each arm is one command, started anew and timed from outside, start-up and report included: `hf` is
 `experiments/peers/trainer.py` on a base in bf16, `hf-autocast` the same on fp32 weights under autocast (what
 `TrainingArguments(bf16=True)` does), a number or `auto` is `python -m peftbench sweep experiment=… pack=<that>`,
-`eager` the same with `pack=1 train.execution=eager`, the settings that runs have unless told otherwise. Arms that go
-one run at a time train some runs only; the rest is extrapolated at the mean of those after the first, and the table
-says so. See README.md.
+`16-eager` the same in eager steps, `eager` with `pack=1 train.execution=eager`, the settings that runs have unless
+told otherwise. Arms that go one run at a time train some runs only; the rest is extrapolated at the mean of those
+after the first, and the table says so. See README.md.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ PEERS = {"hf": (), "hf-autocast": ("--precision", "autocast")}
 """Arms that are `trainer.py` → their arguments beside the case's."""
 ALONE = {"1": (), "eager": ("train.execution=eager",)}
 """Arms that go one run at a time → their settings beside the case's."""
+EAGER = "-eager"
+"""What an arm's size of packs ends with where steps are eager."""
 OTHERS = {"hf": "× HF", "hf-autocast": "× HF, autocast", "1": "× alone", "eager": "× alone, eager"}
 """Arms that the others are held against → headers."""
 ONCE = "start, report"
@@ -89,7 +91,10 @@ def measure(case: Case, arm: str, options: argparse.Namespace, folder: Path) -> 
     if arm in ALONE:
         overrides = [*case.few, *options.set, *ALONE[arm]]
         return of_sweep(sweeps.swept(case.experiment, "1", folder, overrides, options.limit, name=arm))
-    return of_sweep(sweeps.swept(case.experiment, arm, folder, options.set, options.limit))
+    size, overrides = arm.removesuffix(EAGER), [*options.set]
+    if size != arm:
+        overrides += ALONE["eager"]
+    return of_sweep(sweeps.swept(case.experiment, size, folder, overrides, options.limit, name=arm))
 
 
 def of_sweep(found: Swept) -> dict[str, Any]:
@@ -225,7 +230,7 @@ def _named(record: Mapping[str, Any]) -> str:
     if record["arm"] in ALONE:
         return f"alone ({how})"
     chosen = f": {max(record['pack_sizes'])}" if record["arm"] == "auto" and record["pack_sizes"] else ""
-    return f"pack={record['arm']}{chosen} ({how})"
+    return f"pack={record['arm'].removesuffix(EAGER)}{chosen} ({how})"
 
 
 def _rate(records: Iterable[Mapping[str, Any]], case: str, arm: str) -> float | None:
@@ -294,7 +299,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--table", nargs="+", metavar="FILE", help="show the records of these files; time nothing")
     parser.add_argument("--figure", type=Path, help="where to draw, without suffix")
     parser.add_argument(
-        "--arms", help=f"comma list of auto, sizes of packs, {', '.join((*PEERS, *ALONE))}; 1: one run at a time"
+        "--arms",
+        help=f"comma list of auto, sizes of packs (16; eager steps: 16{EAGER}), {', '.join((*PEERS, *ALONE))}; "
+        "1: one run at a time",
     )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for every sweep")
     parser.add_argument("--peer", default="", metavar="ARGUMENTS", help="more arguments for trainer.py, in one word")

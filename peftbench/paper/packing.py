@@ -29,6 +29,8 @@ OVER = {
     "eager": r"$\times$ alone, eager",
     "1": r"$\times$ alone",
 }
+EAGER = "-eager"
+"""What an arm ends with whose packs make eager steps."""
 ARMS = (*ALONE, "packed", "auto")
 WALL = ("rate", "seconds", "over-hf", "over-alone", "over-eager", "step-ms", "timed", "runs", "size")
 
@@ -157,7 +159,7 @@ def named(arm: str, record: Record) -> str:
     how = ", ".join(record.get("execution") or []).replace("_", ", ")
     if arm in ALONE:
         return f"one at a time, {how}"
-    return f"pack={arm}" + (f": {max(record['pack_sizes'])}" if arm == "auto" else "") + f", {how}"
+    return f"pack={arm.removesuffix(EAGER)}" + (f": {max(record['pack_sizes'])}" if arm == "auto" else "") + f", {how}"
 
 
 def _wall_line(title: str, arm: str, record: Record, rates: Mapping[str, float], others: Sequence[str]) -> list[str]:
