@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from peftbench.errors import UserError
 from peftbench.kernels.noise import adapter_dropout
+from peftbench.kernels.piecewise import Terms
 from peftbench.methods.peft_format import PeftFormat
 from peftbench.models.roles import Site
 
@@ -194,6 +195,10 @@ class LinearDelta(Delta):
         """Map input [R, N, D_in] and frozen output [R, N, D_out] to the new output."""
         return y
 
+    def linear_terms(self, dtype: torch.dtype) -> Terms | None:
+        """Return what `before` and `after` do as terms, for a pass that computes in `dtype`; None: they are no such."""
+        return None
+
     def merged(self, weight: Tensor, bias: Tensor | None, run: int) -> tuple[Tensor, Tensor | None]:
         """Return weight [D_out, D_in] and bias [D_out] of the linear map that equals frozen map plus delta of `run`."""
         raise NotImplementedError(f"{type(self).__name__} cannot be merged")
@@ -233,6 +238,13 @@ class LowRankDelta(LinearDelta, ABC):
     @abstractmethod
     def factors(self, dtype: torch.dtype) -> Factors:
         """Return the change for a pass that computes in `dtype`; differentiable in the parameters."""
+
+    def linear_terms(self, dtype: torch.dtype) -> Terms | None:
+        if self.dropout.acts:
+            return None
+        f = self.factors(dtype)
+        assert f.gain is None, "a gain needs terms of its own"
+        return Terms(a=f.a, b=f.b, inner=f.inner, scale=f.scale)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         f = self.factors(x.dtype)

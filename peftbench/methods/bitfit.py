@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peftbench.errors import UserError
+from peftbench.kernels.piecewise import Terms
 from peftbench.methods.base import Card, Delta, LinearDelta, Method, NormDelta, Traits, materialize, require
 from peftbench.models.roles import Site, find_sites
 
@@ -36,6 +37,9 @@ class BiasDelta(LinearDelta):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         return y + (self.bias - self.frozen).to(y.dtype).unsqueeze(1)
+
+    def linear_terms(self, dtype: torch.dtype) -> Terms:
+        return Terms(shift=self.bias - self.frozen)
 
     def merged(self, weight: Tensor, bias: Tensor | None, run: int) -> tuple[Tensor, Tensor | None]:
         return weight, self.bias[run].to(weight.dtype)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftbench.kernels.piecewise import Terms
 from peftbench.kernels.weight_rows import norms
 from peftbench.methods.base import Card, Factors, LowRankDelta, Method, RunDropout, Targets, Traits, require, uniform
 from peftbench.methods.lora import KEEPS_BASE, VARIANTS
@@ -82,6 +83,14 @@ class DoraDelta(LowRankDelta):
         z = torch.baddbmm(y, self.dropout(x) @ self.A.to(x.dtype), (self.B * self.scale).to(x.dtype))
         gain, bias = self.gain(y.dtype), self.site.dense_bias(y.dtype)
         return torch.addcmul(z if bias is None else z - gain * bias, gain, z)
+
+    def linear_terms(self, dtype: torch.dtype) -> Terms | None:
+        if self.dropout.acts:
+            return None
+        change, bias = self.magnitude / self.norm(dtype) - 1, self.site.dense_bias(torch.float32)
+        return Terms(
+            a=self.A, b=self.B, scale=self.scale, change=change, shift=None if bias is None else -change * bias
+        )
 
     def merged(self, weight: Tensor, bias: Tensor | None, run: int) -> tuple[Tensor, Tensor | None]:
         state = self.run_state(run)

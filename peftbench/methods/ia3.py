@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftbench.kernels.piecewise import Terms
 from peftbench.methods.base import Card, LinearDelta, Method, Targets, Traits, require
 from peftbench.methods.peft_format import (
     PREFIX,
@@ -44,6 +45,9 @@ class OutputScale(LinearDelta):
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         return y * self.scale.to(y.dtype).unsqueeze(1)
 
+    def linear_terms(self, dtype: torch.dtype) -> Terms:
+        return Terms(change=self.scale - 1)
+
     def merged(self, weight: Tensor, bias: Tensor | None, run: int) -> tuple[Tensor, Tensor | None]:
         scale = self.scale[run].to(weight.dtype)
         return weight * scale[:, None], None if bias is None else bias * scale
@@ -60,6 +64,9 @@ class InputScale(LinearDelta):
 
     def before(self, x: Tensor) -> Tensor:
         return x * self.scale.to(x.dtype).unsqueeze(1)
+
+    def linear_terms(self, dtype: torch.dtype) -> Terms:
+        return Terms(stretch=self.scale - 1)
 
     def merged(self, weight: Tensor, bias: Tensor | None, run: int) -> tuple[Tensor, Tensor | None]:
         return weight * self.scale[run].to(weight.dtype), bias

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from peftbench.errors import UserError
 from peftbench.kernels.low_rank import DENSE, TRANSPOSED, Frozen, low_rank_linear
+from peftbench.kernels.piecewise import affine_rows, piecewise_linear
 from peftbench.methods.base import (
     AttentionDelta,
     Delta,
@@ -27,7 +28,7 @@ from peftbench.methods.base import (
     LowRankDelta,
     NormDelta,
 )
-from peftbench.methods.mixed import MixedNorm
+from peftbench.methods.mixed import MixedLinear, MixedNorm, overrides
 from peftbench.models import attention
 from peftbench.models.quantized import QuantizedLinear, autocasts, is_plain_linear
 from peftbench.models.roles import EmbeddingSite, Site, first_input
@@ -52,6 +53,8 @@ class Injection:
             if isinstance(delta, LowRankDelta) and _within_reach(site):
                 name = shared_inputs.get(site.name, site.name)
                 groups.setdefault(name, _Together(self)).add(site, delta)
+            elif isinstance(delta, MixedLinear) and _within_reach(site):
+                _in_pieces(self, site, delta)
             else:
                 self.add(site, delta)
 
@@ -92,13 +95,9 @@ class Injection:
         return x.reshape(self.runs, -1, x.shape[-1])
 
 
-def _overrides(delta: LinearDelta, name: str) -> bool:
-    return getattr(type(delta), name) is not getattr(LinearDelta, name)
-
-
 def _linear(injection: Injection, site: Site, delta: LinearDelta) -> None:
     columns = site.columns if site.columns is None or isinstance(site.columns, slice) else list(site.columns)
-    if columns is not None and _overrides(delta, "before"):
+    if columns is not None and overrides(delta, "before"):
         raise UserError(f"{site.name}: its input serves other roles too: name the module in targets")
 
     def pre(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -111,6 +110,15 @@ def _linear(injection: Injection, site: Site, delta: LinearDelta) -> None:
         if not injection.active:
             return None
         x = injection.split(args[0])
+        if (
+            columns is None
+            and site.kind == "norm"
+            and isinstance(delta, MixedLinear)
+            and not torch.compiler.is_compiling()
+        ):
+            pieces, rest = delta.named(y.dtype)
+            if rest is None:
+                return affine_rows(injection.split(y), pieces).reshape(y.shape)
         if columns is None:
             return delta.after(x, injection.split(y)).reshape(y.shape)
         part = y[..., columns]
@@ -118,9 +126,9 @@ def _linear(injection: Injection, site: Site, delta: LinearDelta) -> None:
         whole[..., columns] = delta.after(x, injection.split(part)).reshape(part.shape)
         return whole
 
-    if _overrides(delta, "before"):
+    if overrides(delta, "before"):
         injection.undo.append(site.module.register_forward_pre_hook(pre).remove)
-    if _overrides(delta, "after"):
+    if overrides(delta, "after"):
         injection.undo.append(site.module.register_forward_hook(post).remove)
 
 
@@ -198,7 +206,30 @@ class _Together:
         return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 
-def _frozen(module: Any, keep: bool) -> Frozen:
+def _in_pieces(injection: Injection, site: Site, delta: MixedLinear) -> None:
+    """Compute a frozen map together with what several methods add to it, as far as they can name that."""
+    module = site.module
+    original = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        if not injection.active:
+            return cast(Tensor, original(x))
+        flat = injection.split(x)
+        if autocasts(x) or torch.compiler.is_compiling():
+            flat = delta.before(flat)
+            y = delta.after(flat, injection.split(cast(Tensor, original(flat.reshape(x.shape)))))
+        else:
+            pieces, rest = delta.named(x.dtype)
+            flat = flat if rest is None else rest.before(flat)
+            y = piecewise_linear(flat, _frozen(module), pieces)
+            y = y if rest is None else rest.after(flat, y)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    module.forward = forward  # type: ignore[method-assign]
+    injection.undo.append(lambda: module.__dict__.pop("forward", None))
+
+
+def _frozen(module: Any, keep: bool = True) -> Frozen:
     if isinstance(module, QuantizedLinear):
         parts, kind = module.frozen_parts()
         return Frozen(parts, kind, module.bias, keep)

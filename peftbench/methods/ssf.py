@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from peftbench.kernels.piecewise import Terms
 from peftbench.methods.base import Card, LinearDelta, Method, Targets, Traits, require
 from peftbench.models.roles import Site, find_sites, linear_sites
 
@@ -42,6 +43,9 @@ class ScaleShift(LinearDelta):
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         scale = self.scale.to(y.dtype).unsqueeze(1)
         return y * scale if self.shift is None else torch.addcmul(self.shift.to(y.dtype).unsqueeze(1), y, scale)
+
+    def linear_terms(self, dtype: torch.dtype) -> Terms:
+        return Terms(change=self.scale - 1, shift=self.shift)
 
     def merged(self, weight: Tensor, bias: Tensor | None, run: int) -> tuple[Tensor, Tensor | None]:
         scale = self.scale[run]
