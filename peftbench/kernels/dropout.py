@@ -46,24 +46,36 @@ def run_dropout(x: Tensor, seeds: Tensor, site: int, rates: Sequence[float]) -> 
 
 def kept(seeds: Tensor, site: int, count: int, rates: Sequence[float]) -> Tensor:
     """Return which of each run's `count` entries are kept, [R, count], in plain PyTorch."""
-    start, key = _placed(seeds, site)
+    start, key = placed(seeds, site)
+    # one number for all runs is no tensor, which a trace of shapes would count where it is first made
+    least = _numbers(tuple(rates), seeds.device)[0][:, None] if len(set(rates)) > 1 else threshold(rates[0])
+    return hashed(start, key, count) >= least
+
+
+def hashed(start: Tensor, key: Tensor, count: int) -> Tensor:
+    """Return the numbers int32 [lines, count] of places that follow one another on each of several lines.
+
+    They are numbered modulo 2³².
+
+    Args:
+        start, key: int32 [lines], of `placed`; a line that begins at another place than its run has that added to
+            its start.
+    """
     # arithmetic modulo 2³², in place: this is as long as the activations
-    x = torch.arange(count, dtype=torch.int32, device=seeds.device) + start[:, None]
+    most = torch.int32 if count <= 2**31 else torch.int64
+    x = torch.arange(count, dtype=most, device=start.device).to(torch.int32) + start[:, None]
     x.mul_(FIRST).add_(key[:, None])
     upper = x >> 15
     x.bitwise_xor_(upper.bitwise_and_(2**17 - 1))
-    x.mul_(SECOND - 2**32)
-    # one number for all runs is no tensor, which a trace of shapes would count where it is first made
-    least = _numbers(tuple(rates), seeds.device)[0][:, None] if len(set(rates)) > 1 else threshold(rates[0])
-    return x >= least
+    return x.mul_(SECOND - 2**32)
 
 
-def _placed(seeds: Tensor, site: int) -> tuple[Tensor, Tensor]:
+def placed(seeds: Tensor, site: int) -> tuple[Tensor, Tensor]:
     """Return where each seed's numbers begin, and their key, int32 [R]."""
     start = _scrambled(seeds & WORD, seeds >> 32 & WORD)
     start = _scrambled(start ^ start >> 16, site)
     key = _scrambled(start ^ start >> 16, 1)
-    return _signed(start), _signed(key)
+    return signed(start), signed(key)
 
 
 def _scrambled(x: Tensor, key: Tensor | int) -> Tensor:
@@ -73,8 +85,9 @@ def _scrambled(x: Tensor, key: Tensor | int) -> Tensor:
     return x * SECOND & WORD
 
 
-def _signed(x: Tensor) -> Tensor:
-    return ((x ^ 2**31) - 2**31).to(torch.int32)
+def signed(x: Tensor) -> Tensor:
+    """Return numbers of 32 bits held in int64 as int32, modulo 2³²."""
+    return (((x & WORD) ^ 2**31) - 2**31).to(torch.int32)
 
 
 @constant

@@ -20,7 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from peftbench.kernels.attention import fits, short_attention
+from peftbench.kernels.backend import kernel_shapes, use_triton
 from peftbench.kernels.dropout import SITES, kept, run_dropout
+from peftbench.kernels.long_attention import AUTOCASTS, long_attention
 
 STRIDE = 0x9E3779B97F4A7C15 - 2**64
 """What a step adds to a seed: odd, so that 2⁶⁴ steps pass before one comes again."""
@@ -132,30 +135,56 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
     return run_dropout(input, noise.seeds, noise.site(), [p] * noise.runs)
 
 
+def _drawing_over(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return attention that draws from the streams, and leaves to `plain` what drops nothing."""
+
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        drops = 0 < dropout_p < 1 and query.dim() == 4
+        noise = active() if drops else None
+        if noise is None or not noise.divides(query):
+            how: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+            return plain(query, key, value, attn_mask, dropout_p, is_causal, **how)
+        scale = query.shape[3] ** -0.5 if scale is None else scale
+        return _attention(noise, query, key, value, attn_mask, dropout_p, is_causal, scale)
+
+    return attention
+
+
+_drawing_attention = _drawing_over(_plain_attention)
+"""One function for all steps: layers are compiled for the one that they were traced with."""
+
+
 def _attention_over(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return _attention if plain is _plain_attention else plain
+    return _drawing_attention if plain is _plain_attention else _drawing_over(plain)
 
 
 def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    noise: Noise, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float, causal: bool, scale: float
 ) -> Tensor:
-    noise = active()
-    how: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
-    held = query.device.type == "cpu" and query.dim() == 4
-    if noise is None or not 0 < dropout_p < 1 or not held or not noise.divides(query):
-        return _plain_attention(query, key, value, attn_mask, dropout_p, is_causal, **how)
+    device = query.device.type
+    if device in AUTOCASTS and torch.is_autocast_enabled(device):
+        # as PyTorch's own does
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if not causal and fits(query, key, value, mask, p):
+        return short_attention(query, key, value, mask, scale, p, noise.seeds, noise.site())
+    trains = mask is not None and mask.requires_grad and torch.is_grad_enabled()
+    held = device == "cpu" and not (use_triton(query) or kernel_shapes(query))
+    if not trains and not held:
+        return long_attention(query, key, value, mask, noise.seeds, noise.site(), scale, p, causal)
     shape = torch.Size((*query.shape[:3], key.shape[2]))
-    mask = kept(noise.seeds, noise.site(), shape.numel() // noise.runs, [dropout_p] * noise.runs).view(shape)
-    shares = _shares(query, key, attn_mask, is_causal, query.shape[3] ** -0.5 if scale is None else scale)
-    value = _repeated(value, query)
-    return torch.matmul(shares * mask, value).mul_(1 / (1 - dropout_p))
+    kept_shares = kept(noise.seeds, noise.site(), shape.numel() // noise.runs, [p] * noise.runs).view(shape)
+    shares = _shares(query, key, mask, causal, scale)
+    return torch.matmul(shares * kept_shares, _repeated(value, query)).mul_(1 / (1 - p))
 
 
 def _shares(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
