@@ -36,6 +36,7 @@ MIXED = (
 """The methods of `packing-mixed`."""
 CASES: dict[str, dict[str, Sequence[Any]]] = {
     "1 lora": {"method": ["lora"]},
+    "4 lora": {"method": ["lora"], "seed": range(4)},
     "16 lora": {"method": ["lora"], "seed": range(16)},
     "16 methods": {"method": MIXED},
 }
