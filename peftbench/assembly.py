@@ -150,9 +150,7 @@ def _configured(model: nn.Module, setting: Setting) -> Iterator[None]:
         if not compiled:
             undo.callback(residuals.fuse(model))
         if setting.train.checkpointing:
-            how: dict[str, Any] = {"use_reentrant": False}
-            if not compiled:
-                how["context_fn"] = checkpoint_contexts
+            how: dict[str, Any] = {"use_reentrant": False, "context_fn": checkpoint_contexts}
             cast(Any, model).gradient_checkpointing_enable(how)
             undo.callback(cast(Any, model).gradient_checkpointing_disable)
         undo.enter_context(attention.right_padded())

@@ -1,7 +1,8 @@
 """`train.execution=compiled`: the model's repeated layers through `torch.compile`, each as a region of its own.
 
 All layers of a stack run the same code on other tensors, so one compilation serves them all, however deep the model is;
-what a method put into a layer (hooks, replaced forwards) is compiled with it. Embeddings, head and loss stay eager, and
+what a method put into a layer (hooks, replaced forwards) is compiled with it. Dropout stays an operation of its own that
+asks each run's stream (`kernels.noise`) when the layer runs, so that masks are those of eager steps. Embeddings, head and loss stay eager, and
 so does evaluation, whose lengths and caches would each want a compilation of their own.
 """
 
@@ -16,6 +17,14 @@ from torch import nn
 
 RECOMPILATIONS = 64
 """Most versions of a layer: first or later one, a fixed or any length, full batches or what an epoch leaves."""
+
+SETTINGS = (
+    # adapters' dropouts are numbered: a number that differs between layers is no reason to compile each
+    "allow_unspec_int_on_nn_module",
+    # how many draws a step has made (`kernels.noise`) does not go back where a checkpointed layer is made again
+    "skip_fwd_side_effects_in_bwd_under_checkpoint",
+)
+"""Dynamo's settings that are on."""
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
@@ -43,10 +52,13 @@ def compiled_layers(model: nn.Module, backend: str = "inductor") -> Iterator[Non
 
     Enter it when everything that changes the layers is in place.
     """
-    # Neither name exists in every version that works
-    names = [n for n in ("recompile_limit", "accumulated_recompile_limit") if hasattr(_settings(), n)]
+    limits = ("recompile_limit", "accumulated_recompile_limit")
+    settings: dict[str, Any] = {name: max(RECOMPILATIONS, getattr(_settings(), name, 0)) for name in limits}
+    settings |= dict.fromkeys(SETTINGS, True)
+    # not every name exists in every version that works
+    settings = {name: value for name, value in settings.items() if hasattr(_settings(), name)}
     layers = [layer for layer in repeated_layers(model) if "forward" not in layer.__dict__]
-    with _settings().patch({name: max(RECOMPILATIONS, getattr(_settings(), name)) for name in names}):
+    with _settings().patch(settings):
         for layer in layers:
             layer.forward = _while_training(layer.forward, backend)  # type: ignore[method-assign]
         try:

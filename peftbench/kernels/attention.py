@@ -111,7 +111,7 @@ class _ShortAttention(torch.autograd.Function):
         p: float,
         site: int,
     ) -> Tensor:
-        out, logs = _forward_op(q, k, v, bias, seeds, scale, p, site)
+        out, logs = forward(q, k, v, bias, seeds, scale, p, site)
         ctx.save_for_backward(q, k, v, bias, seeds, logs)
         ctx.numbers = scale, p, site
         return out.transpose(1, 2)
@@ -121,7 +121,7 @@ class _ShortAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         if gradient.stride(3) != 1:
             gradient = gradient.contiguous()
-        gradients = _backward_op(gradient, *ctx.saved_tensors, *ctx.numbers)
+        gradients = backward(gradient, *ctx.saved_tensors, *ctx.numbers)
         return (*(g.transpose(1, 2) for g in gradients), None, None, None, None, None)
 
 
@@ -162,9 +162,10 @@ def _bias(bias: Tensor | None, other: Tensor) -> tuple[Tensor, int]:
 
 
 @torch.library.custom_op("peftbench::short_attention", mutates_args=())
-def _forward_op(
+def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, seeds: Tensor | None, scale: float, p: float, site: int
 ) -> tuple[Tensor, Tensor]:
+    """Return outputs [N, T, H, D] and the logarithms of the softmax's denominators [N, H, T]."""
     from peftbench.kernels.attention_triton import short_attention_forward
 
     n, heads, queries, width = q.shape
@@ -179,14 +180,14 @@ def _forward_op(
     return out, logs
 
 
-@_forward_op.register_fake
+@forward.register_fake
 def _(q, k, v, bias, seeds, scale, p, site):  # type: ignore[no-untyped-def]
     n, heads, queries, width = q.shape
     return q.new_empty((n, queries, heads, width)), q.new_empty((n, heads, queries), dtype=torch.float32)
 
 
 @torch.library.custom_op("peftbench::short_attention_backward", mutates_args=())
-def _backward_op(
+def backward(
     gradient: Tensor,
     q: Tensor,
     k: Tensor,
@@ -198,6 +199,7 @@ def _backward_op(
     p: float,
     site: int,
 ) -> list[Tensor]:
+    """Return the gradients by q, k and v, [N, T, H, D]."""
     from peftbench.kernels.attention_triton import short_attention_backward
 
     n, heads, queries, width = q.shape
@@ -213,7 +215,7 @@ def _backward_op(
     return [dq, dk, dv]
 
 
-@_backward_op.register_fake
+@backward.register_fake
 def _(gradient, q, k, v, bias, seeds, logs, scale, p, site):  # type: ignore[no-untyped-def]
     return [t.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3])) for t in (q, k, v)]
 

@@ -118,6 +118,47 @@ class _RunDropout(torch.autograd.Function):
         return _dropped(gradient, saved, site, rates), None, None, None
 
 
+# Operations that a compiler takes whole. Their site stands first in a tensor on the CPU, made while the step runs.
+
+
+@torch.library.custom_op("peftbench::drawn_dropout", mutates_args=())
+def drawn_dropout(x: Tensor, seeds: Tensor, site: Tensor, rates: Sequence[float]) -> Tensor:
+    """Return `run_dropout`'s result."""
+    x, given = x.contiguous(), tuple(rates)
+    if use_triton(x):
+        return _dropped(x, seeds, int(site[0]), given)
+    return _times(x, kept(seeds, int(site[0]), x.numel() // len(given), given), given)
+
+
+@drawn_dropout.register_fake
+def _(x, seeds, site, rates):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape)
+
+
+def _keep_drawn(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, seeds, site, ctx.rates = inputs
+    ctx.save_for_backward(seeds, site)
+
+
+def _drawn_gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    # it is linear, and its own transpose
+    return drawn_dropout(gradient, *ctx.saved_tensors, ctx.rates), None, None, None
+
+
+drawn_dropout.register_autograd(_drawn_gradient, setup_context=_keep_drawn)
+
+
+@torch.library.custom_op("peftbench::drawn_mask", mutates_args=())
+def drawn_mask(seeds: Tensor, site: Tensor, count: int, rates: Sequence[float]) -> Tensor:
+    """Return `kept`'s result."""
+    return kept(seeds, int(site[0]), count, rates)
+
+
+@drawn_mask.register_fake
+def _(seeds, site, count, rates):  # type: ignore[no-untyped-def]
+    return seeds.new_empty((len(rates), count), dtype=torch.bool)
+
+
 def _times(x: Tensor, mask: Tensor, rates: tuple[float, ...]) -> Tensor:
     """Return x where `mask` [R, any] keeps it, scaled up."""
     out = x.reshape(mask.shape) * mask

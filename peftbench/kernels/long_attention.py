@@ -24,7 +24,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
+from peftbench.kernels import attention as short
 from peftbench.kernels.dropout import hashed, placed, signed, threshold
 
 CHUNK_BYTES = 2**27
@@ -120,6 +122,102 @@ def backward(
     return dq, _by_key_head(dk, k), _by_key_head(dv, v)
 
 
+# Operations that a compiler takes whole. Their site stands first in a tensor on the CPU, made while the step runs.
+
+
+@torch.library.custom_op("peftbench::drawn_attention", mutates_args=())
+def drawn_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    seeds: Tensor,
+    site: Tensor,
+    scale: float,
+    p: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `forward` does: by the kernels for short attention where they fit, as in eager steps."""
+    q, k, v = (_side_by_side(t) for t in (q, k, v))
+    if not causal and short.fits(q, k, v, mask, p):
+        out, logs = short.forward(q, k, v, mask, seeds, scale, p, int(site[0]))
+        return out, logs, torch.empty_like(logs)
+    return forward(q, k, v, mask, seeds, int(site[0]), scale, p, causal)
+
+
+@drawn_attention.register_fake
+def _(q, k, v, mask, seeds, site, scale, p, causal):  # type: ignore[no-untyped-def]
+    return _results(q, v)
+
+
+@torch.library.custom_op("peftbench::drawn_attention_backward", mutates_args=())
+def _drawn_backward(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    seeds: Tensor,
+    out: Tensor,
+    most: Tensor,
+    total: Tensor,
+    site: Tensor,
+    scale: float,
+    p: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradient, q, k, v = (_side_by_side(t) for t in (gradient, q, k, v))
+    if not causal and short.fits(q, k, v, mask, p):
+        dq, dk, dv = short.backward(gradient, q, k, v, mask, seeds, most, scale, p, int(site[0]))
+        return dq, dk, dv
+    return backward(gradient, q, k, v, mask, seeds, out, most, total, int(site[0]), scale, p, causal)
+
+
+@_drawn_backward.register_fake
+def _(gradient, q, k, v, *rest):  # type: ignore[no-untyped-def]
+    return tuple(t.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3])) for t in (q, k, v))
+
+
+def _keep_drawn(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *given, site, scale, p, causal = inputs
+    ctx.save_for_backward(*given, *output, site)
+    ctx.numbers = scale, p, causal
+
+
+def _drawn_gradients(ctx: Any, gradient: Tensor, *unused: Tensor) -> tuple[Any, ...]:
+    found = _drawn_backward(gradient.transpose(1, 2), *ctx.saved_tensors, *ctx.numbers)
+    return (*(g.transpose(1, 2) for g in found), None, None, None, None, None, None)
+
+
+drawn_attention.register_autograd(_drawn_gradients, setup_context=_keep_drawn)
+
+
+@register_flop_formula(torch.ops.peftbench.drawn_attention)
+def _forward_flops(q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> int:
+    return int(sdpa_flop_count(q, *(_with_heads(t, q) for t in (k, v))))
+
+
+@register_flop_formula(torch.ops.peftbench.drawn_attention_backward)
+def _backward_flops(gradient: Any, q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> int:
+    return int(sdpa_backward_flop_count(gradient, q, *(_with_heads(t, q) for t in (k, v))))
+
+
+def _with_heads(key: Any, query: Any) -> Any:
+    """Return a shape of keys with as many heads as there are of queries."""
+    return (key[0], query[1], *key[2:])
+
+
+def _side_by_side(t: Tensor) -> Tensor:
+    return t if t.stride(3) == 1 else t.contiguous()
+
+
+def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate outputs, greatest scores and denominators."""
+    n, heads, queries, _ = q.shape
+    most, total = (q.new_empty((n, heads, queries), dtype=_wide(q)) for _ in range(2))
+    return q.new_empty((n, queries, heads, v.shape[3])), most, total
+
+
 def _by_key_head(gradient: Tensor, key: Tensor) -> Tensor:
     """Return the gradient [N, T', H', D] of key heads from that of all query heads, in the keys' type."""
     heads = key.shape[1]
@@ -146,8 +244,7 @@ def _chunked_forward(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, heads, queries, _ = q.shape
-    out = q.new_empty((n, queries, heads, v.shape[3]))
-    most, total = (q.new_empty((n, heads, queries), dtype=_wide(q)) for _ in range(2))
+    out, most, total = _results(q, v)
     kept = _Kept(seeds, site, p, (n, heads, queries, k.shape[2]))
     with _as_asked(q):
         for chunk in _chunks(n, heads, queries, k.shape[2]):

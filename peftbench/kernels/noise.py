@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._guards import TracingContext
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from peftbench.kernels.attention import fits, short_attention
 from peftbench.kernels.backend import kernel_shapes, use_triton
-from peftbench.kernels.dropout import SITES, kept, run_dropout
-from peftbench.kernels.long_attention import AUTOCASTS, long_attention
+from peftbench.kernels.dropout import SITES, drawn_dropout, drawn_mask, kept, run_dropout
+from peftbench.kernels.long_attention import AUTOCASTS, drawn_attention, long_attention
 
 STRIDE = 0x9E3779B97F4A7C15 - 2**64
 """What a step adds to a seed: odd, so that 2⁶⁴ steps pass before one comes again."""
@@ -49,6 +51,8 @@ class Noise:
         self.seeds = torch.tensor(self._first, dtype=torch.int64, device=device)
         self._asked: Counter[tuple[int, int]] = Counter()
         self._part = 0
+        self._last = torch.zeros(2, dtype=torch.int64)
+        self._drawn: dict[int, int] = {}
 
     @property
     def runs(self) -> int:
@@ -76,6 +80,8 @@ class Noise:
         before = F.dropout, F.scaled_dot_product_attention
         _active, self._part = self, part
         self._asked.clear()
+        self._last = torch.zeros(2, dtype=torch.int64)
+        self._drawn.clear()
         # where shapes alone are traced another dropout stands there; ours is what runs
         F.dropout, F.scaled_dot_product_attention = _dropout, _attention_over(before[1])
         try:
@@ -90,6 +96,20 @@ class Noise:
         mixed = (self._part * 0x9E3779B1 + who * 0x85EBCA6B + self._asked[who, first] * 0xC2B2AE35) % 2**32
         return (mixed ^ mixed >> 15) % SITES
 
+    def site_when_run(self, who: int = BASE, first: int = 0) -> Tensor:
+        """Return `site` for code that is compiled: a tensor on the CPU, found out whenever the code runs.
+
+        Each waits for the one before, so that a compiler keeps them in order.
+        """
+        self._last = site_op(self._last, who, first)
+        return self._last
+
+    def drawn(self, number: int, who: int, first: int) -> int:
+        """Return `site` for the step's call of that number, once more the same where a compiler makes it again."""
+        if number not in self._drawn:
+            self._drawn[number] = self.site(who, first)
+        return self._drawn[number]
+
     @contextmanager
     def _again(self, asked: Counter[tuple[int, int]]) -> Iterator[None]:
         """Go through a part of the forward pass once more, in whose beginning so much had been asked for."""
@@ -100,17 +120,39 @@ class Noise:
             self._asked = before
 
 
+@torch.library.custom_op("peftbench::site", mutates_args=())
+def site_op(before: Tensor, who: int, first: int) -> Tensor:
+    """Return `Noise.site` of the step that is being made and which call of the step it is, int64 [2].
+
+    Args:
+        before: what the call before returned; zeros for the first.
+    """
+    noise = active()
+    assert noise is not None, "traced within a step, but run outside"
+    number = int(before[1]) + 1
+    return torch.tensor([noise.drawn(number, who, first), number], dtype=torch.int64)
+
+
+@site_op.register_fake
+def _(before, who, first):  # type: ignore[no-untyped-def]
+    return before.new_empty(2)
+
+
 STREAM = 0x64726F70
 """Keeps these streams apart from what else a run's seed draws."""
 
 
 def active() -> Noise | None:
     """Return the streams of the step that is being made, if there are any."""
-    return None if torch.compiler.is_compiling() else _active
+    return _active
 
 
-def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Return the contexts of a checkpointed part's forward pass, and of its repetition: that draws the same."""
+    if TracingContext.try_get() is not None:
+        # a compiler asks, which makes again what it will; draws are remembered then (`Noise.drawn`)
+        forward, again = create_selective_checkpoint_contexts([])
+        return forward, again
     if _active is None:
         return nullcontext(), nullcontext()
     return nullcontext(), _active._again(_active._asked.copy())
@@ -125,13 +167,18 @@ def adapter_dropout(x: Tensor, rates: Sequence[float], who: int, first: int) -> 
     noise = active()
     if noise is None:
         return None
-    return run_dropout(x, noise.seeds[first : first + len(rates)], noise.site(who, first), rates)
+    seeds = noise.seeds[first : first + len(rates)]
+    if torch.compiler.is_compiling():
+        return drawn_dropout(x, seeds, noise.site_when_run(who, first), rates)
+    return run_dropout(x, seeds, noise.site(who, first), rates)
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    noise = active()
-    if noise is None or not training or not 0 < p < 1 or inplace or not noise.divides(input):
+    noise = active() if training and 0 < p < 1 and not inplace else None
+    if noise is None or not noise.divides(input):
         return _plain_dropout(input, p, training, inplace)
+    if torch.compiler.is_compiling():
+        return drawn_dropout(input, noise.seeds, noise.site_when_run(), [p] * noise.runs)
     return run_dropout(input, noise.seeds, noise.site(), [p] * noise.runs)
 
 
@@ -175,16 +222,23 @@ def _attention(
         # as PyTorch's own does
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if not causal and fits(query, key, value, mask, p):
-        return short_attention(query, key, value, mask, scale, p, noise.seeds, noise.site())
     trains = mask is not None and mask.requires_grad and torch.is_grad_enabled()
-    held = device == "cpu" and not (use_triton(query) or kernel_shapes(query))
-    if not trains and not held:
-        return long_attention(query, key, value, mask, noise.seeds, noise.site(), scale, p, causal)
-    shape = torch.Size((*query.shape[:3], key.shape[2]))
-    kept_shares = kept(noise.seeds, noise.site(), shape.numel() // noise.runs, [p] * noise.runs).view(shape)
+    if torch.compiler.is_compiling():
+        site = noise.site_when_run()
+        if not trains:
+            return drawn_attention(query, key, value, mask, noise.seeds, site, scale, p, causal)[0].transpose(1, 2)
+        count = query.shape[:3].numel() * key.shape[2] // noise.runs
+        mask_kept = drawn_mask(noise.seeds, site, count, [p] * noise.runs)
+    else:
+        if not causal and fits(query, key, value, mask, p):
+            return short_attention(query, key, value, mask, scale, p, noise.seeds, noise.site())
+        held = device == "cpu" and not (use_triton(query) or kernel_shapes(query))
+        if not trains and not held:
+            return long_attention(query, key, value, mask, noise.seeds, noise.site(), scale, p, causal)
+        count = query.shape[:3].numel() * key.shape[2] // noise.runs
+        mask_kept = kept(noise.seeds, noise.site(), count, [p] * noise.runs)
     shares = _shares(query, key, mask, causal, scale)
-    return torch.matmul(shares * kept_shares, _repeated(value, query)).mul_(1 / (1 - p))
+    return torch.matmul(shares * mask_kept.view(shares.shape), _repeated(value, query)).mul_(1 / (1 - p))
 
 
 def _shares(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
@@ -195,7 +249,7 @@ def _shares(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, scale
     if mask is not None:
         scores = scores.masked_fill(mask.logical_not(), -torch.inf) if mask.dtype == torch.bool else scores + mask
     # zeros where a query sees nothing
-    return torch._safe_softmax(scores.float(), -1).to(query.dtype)
+    return torch.ops.aten._safe_softmax(scores.float(), -1).to(query.dtype)
 
 
 def _repeated(key: Tensor, query: Tensor) -> Tensor:
