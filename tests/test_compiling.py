@@ -151,7 +151,8 @@ def test_deep_stacks_and_other_lengths_are_not_compiled_without_end():
 def test_packs_of_compiled_layers_train_as_their_runs_do_alone(tmp_path, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(assembly, "compiled_layers", functools.partial(compiled_layers, backend="aot_eager"))
-    same_traces(tiny(method="lora", seed=[0, 1], train__execution="compiled", train__steps=3, train__dropout=0.3), tmp_path)
+    given = {"train__execution": "compiled", "train__steps": 3, "train__dropout": 0.3}
+    same_traces(tiny(method="lora", seed=[0, 1], **given), tmp_path)
 
 
 def test_inductor_keeps_draws_apart_and_in_order():

@@ -6,16 +6,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 from peftbench.kernels import long_attention as module
 from peftbench.kernels.backend import interpreted, traced_for
 from peftbench.kernels.dropout import hashed, kept, placed
 from peftbench.kernels.long_attention import long_attention
 from peftbench.kernels.noise import Noise
+from tests.conftest import pass_in_interpreter, triton_interprets_loops
 
 F = nn.functional
 KINDS = ["plain", "causal", "truth values", "a row sees nothing", "bias", "bias by query", "grouped heads"]
 RUNS = 2
+DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
+runs_here = pytest.mark.skipif(DEVICE == "cpu" and not interpreted(), reason="needs a GPU, or Triton's interpreter")
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def problem(kind: str, rows: int, heads: int, queries: int, keys: int, width: int, dtype: torch.dtype, device="cpu"):
@@ -115,7 +120,7 @@ def test_places_are_numbered_modulo_two_to_the_32():
 
 
 def test_neither_scores_nor_what_is_kept_stay_for_the_backward_pass():
-    *given, upstream = problem("causal", 4, 2, 20, 20, 4, torch.float32)
+    *given, upstream = problem("causal", 4, 2, 20, 20, 4, torch.float64)
     held: list[Tensor] = []
     with saved_tensors_hooks(lambda t: (held.append(t), t)[1], lambda t: t):
         passed(*given, upstream, torch.tensor([1, 2]), 0.5, True)
@@ -133,17 +138,133 @@ def test_shapes_alone_stand_for_a_gpu_s():
     assert [g.shape for g in gradients] == [t.shape for t in given]
 
 
-@pytest.mark.skipif(interpreted(), reason="through the kernels, whose sums have another order, below")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_drops_what_it_drops_alone(kind):
-    noise, p = Noise([3, 8], torch.device("cpu")), 0.5
-    query, key, value, mask, upstream = problem(kind, 6, 4, 20, 20, 16, torch.float32)
+    noise, p = Noise([3, 8], torch.device(DEVICE)), 0.5
+    query, key, value, mask, upstream = problem(kind, 4, 2, 20, 20, 16, torch.float32, DEVICE)
     together = passed(query, key, value, mask, upstream, noise.seeds, p, kind == "causal")
     for run in range(RUNS):
-        rows = slice(3 * run, 3 * run + 3)
+        rows = slice(2 * run, 2 * run + 2)
         own = mask if mask is None or len(mask) == 1 else mask[rows]
         given = (query[rows], key[rows], value[rows], own, upstream[rows])
         alone = passed(*given, noise.seeds[run : run + 1], p, kind == "causal")
         close([t[rows] for t in together], [t.double() for t in alone], 1e-5)
         other = passed(*given, noise.seeds[1 - run : 2 - run], p, kind == "causal")
         assert not torch.allclose(other[0], alone[0], atol=1e-3)
+
+
+# The kernels.
+
+# rows, heads, queries, keys, width of a head: one block and several, none of them full
+SHAPES = [(4, 2, 20, 20, 16), (2, 2, 70, 67, 24), (2, 2, 1, 9, 5)]
+if DEVICE == "cuda":
+    SHAPES += [(4, 4, 300, 300, 64), (4, 4, 257, 257, 128), (2, 4, 150, 280, 80)]
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+
+
+def _is_tried(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Return whether to try this; in the interpreter two shapes with all masks, and rounding once."""
+    if DEVICE == "cuda":
+        return dtype != torch.float32 or shape[4] <= module.WIDEST_EXACT
+    if dtype != torch.float32:
+        return shape == SHAPES[0] and kind in ("causal", "bias")
+    return shape[2] in (20, 70) or kind == "bias"
+
+
+CASES = [
+    (kind, shape, dtype) for shape in SHAPES for kind in KINDS for dtype in DTYPES if _is_tried(kind, shape, dtype)
+]
+CASES += [("causal", (2, 2, 17, 90, 128), torch.float16)]
+
+
+@runs_here
+@pytest.mark.parametrize(("kind", "shape", "dtype"), CASES, ids=str)
+def test_the_kernels_compute_the_formula_with_the_hash_s_mask(kind, shape, dtype):
+    seeds, p = Noise([3, 8], torch.device(DEVICE)).seeds, 0.3
+    *given, upstream = problem(kind, *shape, dtype, DEVICE)
+    assert module._fits(*given)
+    found = passed(*given, upstream, seeds, p, kind == "causal")
+    wanted = formula(*given, upstream, kind == "causal", 0.3, factors(seeds, p, *shape[:4]))
+    close(found, wanted, TOLERANCE[dtype])
+    assert found[0].transpose(1, 2).is_contiguous()
+
+
+def test_what_the_kernels_do_not_take():
+    query = torch.empty(2, 2, 12, 16, dtype=torch.float16, device="meta")
+    wide = query.new_empty(2, 2, 12, 160)
+    exact = query.new_empty(2, 2, 12, 80, dtype=torch.float32)
+    with traced_for("cuda"):
+        assert module._fits(query, query, query, None)
+        assert not module._fits(wide, wide, wide, None)
+        assert not module._fits(exact, exact, exact, None)
+        assert not module._fits(query, query.float(), query, None)
+        assert not module._fits(*[query.double()] * 3, None)
+    with traced_for("cpu"):
+        assert not module._fits(query, query, query, None)
+
+
+@runs_here
+def test_the_kernels_take_any_layout_and_great_masks():
+    seeds, p, sizes = Noise([3, 8], torch.device(DEVICE)).seeds, 0.3, (4, 2, 20, 20)
+    query, key, value, _, upstream = problem("plain", *sizes, 16, torch.float32, DEVICE)
+    turned = [t.detach().transpose(2, 3).contiguous().transpose(2, 3) for t in (query, key, value)]
+    mask = 300.0 * (torch.arange(20, device=DEVICE) % 2).expand(4, 1, 1, 20)  # two to the power of it is infinite
+    wanted = formula(query, key, value, mask, upstream, False, 0.3, factors(seeds, p, *sizes))
+    close(passed(*turned, mask, upstream.transpose(2, 3).contiguous().transpose(2, 3), seeds, p, False), wanted, 2e-4)
+
+
+@runs_here
+def test_a_step_asks_no_generator_and_goes_through_the_kernels():
+    query, key, value, _, upstream = problem("causal", 4, 2, 20, 20, 16, torch.float16, DEVICE)
+    noise = Noise([1, 2], torch.device(DEVICE))
+    before = torch.get_rng_state(), *([torch.cuda.get_rng_state()] if DEVICE == "cuda" else [])
+    with noise.drawing(), FlopCounterMode(display=False) as counter:
+        out = F.scaled_dot_product_attention(query, key, value, dropout_p=0.3, is_causal=True)
+        torch.autograd.grad(out, (query, key, value), upstream)
+    after = torch.get_rng_state(), *([torch.cuda.get_rng_state()] if DEVICE == "cuda" else [])
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    product = 2 * 4 * 2 * 20 * 20 * 16
+    assert counter.get_total_flops() == 2 * product + 5 * product  # scores once more in the backward pass
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("width", [64, 160], ids=["kernels", "chunks"])
+def test_on_a_gpu_a_replayed_step_draws_each_run_s_own_in_bf16(width):
+    given = problem("causal", 4, 4, 300, 300, width, torch.bfloat16, "cuda")
+    query, key, value = (t.detach() for t in given[:3])
+    noise = Noise([1, 2], torch.device("cuda"))
+
+    def attended(rows: slice, noise: Noise) -> Tensor:
+        with noise.drawing():
+            given = (query[rows], key[rows], value[rows])
+            return F.scaled_dot_product_attention(*given, dropout_p=0.3, is_causal=True)
+
+    state, together = torch.cuda.get_rng_state(), attended(slice(None), noise)
+    with noise.drawing():
+        site = noise.site()
+    plain, _, _ = module._chunked_forward(query, key, value, None, noise.seeds, site, width**-0.5, 0.3, True)
+    close([together], [plain.transpose(1, 2).double()], TOLERANCE[torch.bfloat16])
+    for run in range(RUNS):
+        rows = slice(2 * run, 2 * run + 2)
+        alone = attended(rows, Noise([run + 1], torch.device("cuda")))
+        close([together[rows]], [alone.double()], TOLERANCE[torch.bfloat16])
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        attended(slice(None), noise)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        found = attended(slice(None), noise)
+    graph.replay()
+    assert torch.equal(found, together)
+    noise.advance()
+    graph.replay()
+    assert not torch.equal(found, together)
+    assert torch.equal(found, attended(slice(None), noise))
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+@pytest.mark.skipif(interpreted(), reason="runs the tests above in the interpreter")
+@pytest.mark.skipif(not triton_interprets_loops(), reason="needs Triton 3.7, or Triton and NumPy before 2.4")
+def test_the_kernels_in_tritons_interpreter():
+    pass_in_interpreter(__file__)

@@ -1,9 +1,9 @@
 """`train.execution=compiled`: the model's repeated layers through `torch.compile`, each as a region of its own.
 
 All layers of a stack run the same code on other tensors, so one compilation serves them all, however deep the model is;
-what a method put into a layer (hooks, replaced forwards) is compiled with it. Dropout stays an operation of its own that
-asks each run's stream (`kernels.noise`) when the layer runs, so that masks are those of eager steps. Embeddings, head and loss stay eager, and
-so does evaluation, whose lengths and caches would each want a compilation of their own.
+what a method put into a layer (hooks, replaced forwards) is compiled with it. Dropout stays an operation of its own,
+which asks each run's stream (`kernels.noise`) when the layer runs: masks are those of eager steps. Embeddings, head and
+loss stay eager, and so does evaluation, whose lengths and caches would each want a compilation of their own.
 """
 
 from __future__ import annotations

@@ -27,8 +27,16 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from peftbench.kernels import attention as short
+from peftbench.kernels.backend import interpreted, kernel_shapes, use_triton
 from peftbench.kernels.dropout import hashed, placed, signed, threshold
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+INTERPRETED = (torch.float32, torch.float16)
+"""What Triton's interpreter can multiply."""
+WIDEST, WIDEST_EXACT = 128, 64
+"""Width of a head that the kernels take, and in fp32."""
+SMALLEST = 16
+"""Least width of a matrix product in Triton."""
 CHUNK_BYTES = 2**27
 """Scores of a chunk, in fp32."""
 AUTOCASTS = ("cpu", "cuda")
@@ -99,6 +107,8 @@ def forward(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return outputs [N, T, H, D'], and of each query the greatest score and the denominator, [N, H, T]."""
+    if _fits(q, k, v, mask):
+        return kernels_forward(q, k, v, mask, seeds, site, scale, p, causal)
     return _chunked_forward(q, k, v, mask, seeds, site, scale, p, causal)
 
 
@@ -118,104 +128,9 @@ def backward(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients by q, k and v, [N, T, H, D], from that of the outputs [N, H, T, D']."""
-    dq, dk, dv = _chunked_backward(gradient, q, k, v, mask, seeds, out, most, total, site, scale, p, causal)
+    how = kernels_backward if _fits(q, k, v, mask) else _chunked_backward
+    dq, dk, dv = how(gradient, q, k, v, mask, seeds, out, most, total, site, scale, p, causal)
     return dq, _by_key_head(dk, k), _by_key_head(dv, v)
-
-
-# Operations that a compiler takes whole. Their site stands first in a tensor on the CPU, made while the step runs.
-
-
-@torch.library.custom_op("peftbench::drawn_attention", mutates_args=())
-def drawn_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    seeds: Tensor,
-    site: Tensor,
-    scale: float,
-    p: float,
-    causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `forward` does: by the kernels for short attention where they fit, as in eager steps."""
-    q, k, v = (_side_by_side(t) for t in (q, k, v))
-    if not causal and short.fits(q, k, v, mask, p):
-        out, logs = short.forward(q, k, v, mask, seeds, scale, p, int(site[0]))
-        return out, logs, torch.empty_like(logs)
-    return forward(q, k, v, mask, seeds, int(site[0]), scale, p, causal)
-
-
-@drawn_attention.register_fake
-def _(q, k, v, mask, seeds, site, scale, p, causal):  # type: ignore[no-untyped-def]
-    return _results(q, v)
-
-
-@torch.library.custom_op("peftbench::drawn_attention_backward", mutates_args=())
-def _drawn_backward(
-    gradient: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    seeds: Tensor,
-    out: Tensor,
-    most: Tensor,
-    total: Tensor,
-    site: Tensor,
-    scale: float,
-    p: float,
-    causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    gradient, q, k, v = (_side_by_side(t) for t in (gradient, q, k, v))
-    if not causal and short.fits(q, k, v, mask, p):
-        dq, dk, dv = short.backward(gradient, q, k, v, mask, seeds, most, scale, p, int(site[0]))
-        return dq, dk, dv
-    return backward(gradient, q, k, v, mask, seeds, out, most, total, int(site[0]), scale, p, causal)
-
-
-@_drawn_backward.register_fake
-def _(gradient, q, k, v, *rest):  # type: ignore[no-untyped-def]
-    return tuple(t.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3])) for t in (q, k, v))
-
-
-def _keep_drawn(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *given, site, scale, p, causal = inputs
-    ctx.save_for_backward(*given, *output, site)
-    ctx.numbers = scale, p, causal
-
-
-def _drawn_gradients(ctx: Any, gradient: Tensor, *unused: Tensor) -> tuple[Any, ...]:
-    found = _drawn_backward(gradient.transpose(1, 2), *ctx.saved_tensors, *ctx.numbers)
-    return (*(g.transpose(1, 2) for g in found), None, None, None, None, None, None)
-
-
-drawn_attention.register_autograd(_drawn_gradients, setup_context=_keep_drawn)
-
-
-@register_flop_formula(torch.ops.peftbench.drawn_attention)
-def _forward_flops(q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> int:
-    return int(sdpa_flop_count(q, *(_with_heads(t, q) for t in (k, v))))
-
-
-@register_flop_formula(torch.ops.peftbench.drawn_attention_backward)
-def _backward_flops(gradient: Any, q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> int:
-    return int(sdpa_backward_flop_count(gradient, q, *(_with_heads(t, q) for t in (k, v))))
-
-
-def _with_heads(key: Any, query: Any) -> Any:
-    """Return a shape of keys with as many heads as there are of queries."""
-    return (key[0], query[1], *key[2:])
-
-
-def _side_by_side(t: Tensor) -> Tensor:
-    return t if t.stride(3) == 1 else t.contiguous()
-
-
-def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocate outputs, greatest scores and denominators."""
-    n, heads, queries, _ = q.shape
-    most, total = (q.new_empty((n, heads, queries), dtype=_wide(q)) for _ in range(2))
-    return q.new_empty((n, queries, heads, v.shape[3])), most, total
 
 
 def _by_key_head(gradient: Tensor, key: Tensor) -> Tensor:
@@ -367,3 +282,235 @@ class _Kept:
         before = (chunk[1].start * queries + chunk[2].start) * keys
         start = self._start[rows] + ((before + 2**31) % 2**32 - 2**31)
         return (hashed(start, self._key[rows], some * at * keys) >= self._least).view(-1, some, at, keys)
+
+
+# By kernels: operations, so that what counts products and memory sees them.
+
+
+def _fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Return whether the kernels take these."""
+    widest = WIDEST_EXACT if q.dtype == torch.float32 else WIDEST
+    types = INTERPRETED if interpreted() else DTYPES
+    return (
+        q.dtype == k.dtype == v.dtype
+        and q.dtype in types
+        and q.shape[3] == v.shape[3] <= widest
+        and (mask is None or mask.dtype == torch.bool or mask.is_floating_point())
+        and (use_triton(q) or kernel_shapes(q))
+    )
+
+
+@torch.library.custom_op("peftbench::long_attention", mutates_args=())
+def kernels_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    seeds: Tensor,
+    site: int,
+    scale: float,
+    p: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `forward` does."""
+    from peftbench.kernels.long_attention_triton import long_attention_forward
+
+    q, k, v = (_side_by_side(t) for t in (q, k, v))
+    out, most, total = _results(q, v)
+    added, strides, options = _launch(q, k, mask, causal)
+    with torch.cuda.device_of(q):
+        long_attention_forward[_programs(q, q.shape[2], options["block"])](
+            q, k, v, added, seeds, out, most, total, *_numbers(q, k, seeds, site, scale, p),
+            *_rows(q), *_rows(k), *_rows(v), *strides, **options,
+        )  # fmt: skip
+    return out, most, total
+
+
+@kernels_forward.register_fake
+def _(q, k, v, mask, seeds, site, scale, p, causal):  # type: ignore[no-untyped-def]
+    return _results(q, v)
+
+
+@torch.library.custom_op("peftbench::long_attention_backward", mutates_args=())
+def kernels_backward(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    seeds: Tensor,
+    out: Tensor,
+    most: Tensor,
+    total: Tensor,
+    site: int,
+    scale: float,
+    p: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients, of keys and values by query head."""
+    from peftbench.kernels.long_attention_triton import long_attention_by_key, long_attention_by_query
+
+    gradient, q, k, v = (_side_by_side(t) for t in (gradient, q, k, v))
+    dq, dk, dv = _gradients(q, k, v)
+    delta = torch.empty_like(most)
+    added, strides, options = _launch(q, k, mask, causal)
+    numbers = _numbers(q, k, seeds, site, scale, p)
+    rows = (*_rows(gradient), *_rows(q), *_rows(k), *_rows(v), *strides)
+    with torch.cuda.device_of(q):
+        long_attention_by_query[_programs(q, q.shape[2], options["block"])](
+            gradient, q, k, v, added, seeds, out, most, total, delta, dq, *numbers, *rows, **options
+        )
+        long_attention_by_key[_programs(q, k.shape[2], options["key_block"])](
+            gradient, q, k, v, added, seeds, most, total, delta, dk, dv, *numbers, *rows, **options
+        )
+    return dq, dk, dv
+
+
+@kernels_backward.register_fake
+def _(gradient, q, k, v, mask, seeds, out, most, total, site, scale, p, causal):  # type: ignore[no-untyped-def]
+    return _gradients(q, k, v)
+
+
+def _gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    n, heads, queries, width = q.shape
+    dk, dv = (q.new_empty((n, k.shape[2], heads, width)) for _ in range(2))
+    return q.new_empty((n, queries, heads, width)), dk, dv
+
+
+def _programs(q: Tensor, length: int, block: int) -> tuple[int, int]:
+    return q.shape[0] * q.shape[1], -(-length // block)
+
+
+def _numbers(q: Tensor, k: Tensor, seeds: Tensor, site: int, scale: float, p: float) -> tuple[float, ...]:
+    n, heads, queries, _ = q.shape
+    lengths = (heads, heads // k.shape[1], queries, k.shape[2])
+    return (*lengths, scale, p, threshold(p), site, n // seeds.shape[0])
+
+
+def _rows(t: Tensor) -> tuple[int, int, int]:
+    return t.stride(0), t.stride(1), t.stride(2)
+
+
+def _launch(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, tuple[int, ...], dict[str, Any]]:
+    """Return the mask (or any tensor, where there is none) with its strides, and what kernels are compiled for."""
+    import triton
+
+    kind, strides = 0, (0, 0, 0, 0)
+    if mask is not None:
+        kind = 2 if mask.dtype == torch.bool else 1
+        wide = mask.expand(*q.shape[:3], k.shape[2])
+        strides = tuple(0 if size == 1 else step for size, step in zip(wide.shape, wide.stride(), strict=True))  # type: ignore[assignment]
+        # truth values are bytes
+        mask = wide.view(torch.uint8) if kind == 2 else wide
+    width, exact = q.shape[3], q.dtype == torch.float32
+    held = max(SMALLEST, triton.next_power_of_2(width))
+    block, key_block, warps = (32, 32, 8) if exact else (64, 64, 4) if held <= 64 else (32, 64, 8)
+    options = {
+        "kind": kind,
+        "by_query": strides[2] != 0,
+        "causal": causal,
+        "exact": exact,
+        "width": width,
+        "held": held,
+        "block": min(block, max(SMALLEST, triton.next_power_of_2(q.shape[2]))),
+        "key_block": min(key_block, max(SMALLEST, triton.next_power_of_2(k.shape[2]))),
+        "num_warps": warps,
+        "num_stages": 2,
+    }
+    return q if mask is None else mask, strides, options
+
+
+# Operations that a compiler takes whole. Their site stands first in a tensor on the CPU, made while the step runs.
+
+
+@torch.library.custom_op("peftbench::drawn_attention", mutates_args=())
+def drawn_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    seeds: Tensor,
+    site: Tensor,
+    scale: float,
+    p: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `forward` does: by the kernels for short attention where they fit, as in eager steps."""
+    q, k, v = (_side_by_side(t) for t in (q, k, v))
+    if not causal and short.fits(q, k, v, mask, p):
+        out, logs = short.forward(q, k, v, mask, seeds, scale, p, int(site[0]))
+        return out, logs, torch.empty_like(logs)
+    return forward(q, k, v, mask, seeds, int(site[0]), scale, p, causal)
+
+
+@drawn_attention.register_fake
+def _(q, k, v, mask, seeds, site, scale, p, causal):  # type: ignore[no-untyped-def]
+    return _results(q, v)
+
+
+@torch.library.custom_op("peftbench::drawn_attention_backward", mutates_args=())
+def _drawn_backward(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    seeds: Tensor,
+    out: Tensor,
+    most: Tensor,
+    total: Tensor,
+    site: Tensor,
+    scale: float,
+    p: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradient, q, k, v = (_side_by_side(t) for t in (gradient, q, k, v))
+    if not causal and short.fits(q, k, v, mask, p):
+        dq, dk, dv = short.backward(gradient, q, k, v, mask, seeds, most, scale, p, int(site[0]))
+        return dq, dk, dv
+    return backward(gradient, q, k, v, mask, seeds, out, most, total, int(site[0]), scale, p, causal)
+
+
+@_drawn_backward.register_fake
+def _(gradient, q, k, v, *rest):  # type: ignore[no-untyped-def]
+    return tuple(t.new_empty((t.shape[0], t.shape[2], t.shape[1], t.shape[3])) for t in (q, k, v))
+
+
+def _keep_drawn(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *given, site, scale, p, causal = inputs
+    ctx.save_for_backward(*given, *output, site)
+    ctx.numbers = scale, p, causal
+
+
+def _drawn_gradients(ctx: Any, gradient: Tensor, *unused: Tensor) -> tuple[Any, ...]:
+    found = _drawn_backward(gradient.transpose(1, 2), *ctx.saved_tensors, *ctx.numbers)
+    return (*(g.transpose(1, 2) for g in found), None, None, None, None, None, None)
+
+
+drawn_attention.register_autograd(_drawn_gradients, setup_context=_keep_drawn)
+
+
+@register_flop_formula([torch.ops.peftbench.long_attention, torch.ops.peftbench.drawn_attention])
+def _forward_flops(q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> int:
+    return int(sdpa_flop_count(q, *(_with_heads(t, q) for t in (k, v))))
+
+
+@register_flop_formula([torch.ops.peftbench.long_attention_backward, torch.ops.peftbench.drawn_attention_backward])
+def _backward_flops(gradient: Any, q: Any, k: Any, v: Any, *rest: Any, **options: Any) -> int:
+    return int(sdpa_backward_flop_count(gradient, q, *(_with_heads(t, q) for t in (k, v))))
+
+
+def _with_heads(key: Any, query: Any) -> Any:
+    """Return a shape of keys with as many heads as there are of queries."""
+    return (key[0], query[1], *key[2:])
+
+
+def _side_by_side(t: Tensor) -> Tensor:
+    return t if t.stride(3) == 1 else t.contiguous()
+
+
+def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocate outputs, greatest scores and denominators."""
+    n, heads, queries, _ = q.shape
+    most, total = (q.new_empty((n, heads, queries), dtype=_wide(q)) for _ in range(2))
+    return q.new_empty((n, queries, heads, v.shape[3])), most, total
