@@ -144,7 +144,13 @@ def test_steps_compile_nothing_after_a_rehearsal(tmp_path: Path, monkeypatch: py
 
 
 def _kernels() -> list[Any]:
-    from peftbench.kernels import adamw_triton, attention_triton, dropout_triton, residual_norm_triton
+    from peftbench.kernels import (
+        adamw_triton,
+        attention_triton,
+        dropout_triton,
+        long_attention_triton,
+        residual_norm_triton,
+    )
 
-    modules = (adamw_triton, attention_triton, dropout_triton, residual_norm_triton)
+    modules = (adamw_triton, attention_triton, dropout_triton, long_attention_triton, residual_norm_triton)
     return [one for module in modules for one in vars(module).values() if hasattr(one, "device_caches")]

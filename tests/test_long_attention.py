@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from peftbench.kernels import long_attention as module
@@ -13,6 +14,7 @@ from peftbench.kernels.backend import interpreted, traced_for
 from peftbench.kernels.dropout import hashed, kept, placed
 from peftbench.kernels.long_attention import long_attention
 from peftbench.kernels.noise import Noise
+from peftbench.profiling.shapes import shapes_alone
 from tests.conftest import pass_in_interpreter, triton_interprets_loops
 
 F = nn.functional
@@ -127,15 +129,27 @@ def test_neither_scores_nor_what_is_kept_stay_for_the_backward_pass():
     assert max(t.numel() for t in held) == given[0].numel() < 4 * 2 * 20 * 20
 
 
-def test_shapes_alone_stand_for_a_gpu_s():
-    query, key, value, _, upstream = problem("causal", 4, 2, 150, 150, 256, torch.float32)
-    given = [t.detach().to("meta").requires_grad_() for t in (query, key, value)]
-    noise = Noise([1, 2], torch.device("meta"))
-    with traced_for("cuda"), noise.drawing():
-        out = F.scaled_dot_product_attention(*given, dropout_p=0.1, is_causal=True)
-        gradients = torch.autograd.grad(out, given, upstream.to("meta"))
-    assert out.shape == query.shape
-    assert [g.shape for g in gradients] == [t.shape for t in given]
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.skipif(interpreted(), reason="the interpreter does not multiply bf16")
+@pytest.mark.parametrize("width", [64, 160], ids=["kernels", "chunks"])
+def test_a_predicted_step_on_a_gpu_goes_the_same_way(width, autocast):
+    asked: list[str] = []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            asked.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with shapes_alone("cuda"), Noted():
+        given = [torch.empty(4, 2, 150, width, requires_grad=True) for _ in range(3)]
+        with Noise([1, 2], torch.device("cpu")).drawing(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = F.scaled_dot_product_attention(*given, dropout_p=0.1, is_causal=True)
+            gradients = torch.autograd.grad(out, given, torch.empty_like(out))
+    assert (out.shape, out.dtype) == (given[0].shape, torch.bfloat16 if autocast else torch.float32)
+    assert [(g.shape, g.dtype) for g in gradients] == [(t.shape, t.dtype) for t in given]
+    assert not any("scaled_dot_product" in name or "dropout" in name for name in asked)
+    assert ("peftbench.long_attention.default" in asked) == (width == 64)
+    assert ("peftbench.long_attention_backward.default" in asked) == (width == 64)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -262,6 +276,34 @@ def test_on_a_gpu_a_replayed_step_draws_each_run_s_own_in_bf16(width):
     assert not torch.equal(found, together)
     assert torch.equal(found, attended(slice(None), noise))
     assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+@pytest.mark.skipif(interpreted(), reason="compiles nothing")
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_kernels_compile_for_a_gpu_that_is_not_there(width):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from peftbench.kernels import long_attention_triton as kernels
+
+    query = torch.empty(2, 2, 300, width, dtype=torch.bfloat16)
+    mask = torch.ones(2, 1, 300, 300, dtype=torch.bool)
+    _, _, options = module._launch(query, query, mask, False)
+    how = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    types = {"seed_ptr": "*i64", "mask_ptr": "*u8", "scale": "fp32", "p": "fp32"}
+    types |= dict.fromkeys(("most_ptr", "total_ptr", "delta_ptr"), "*fp32")
+    for name in ("long_attention_forward", "long_attention_by_query", "long_attention_by_key"):
+        kernel = getattr(kernels, name)
+        signature = {
+            argument: "constexpr"
+            if argument in options
+            else types.get(argument, "*bf16" if "ptr" in argument else "i32")
+            for argument in kernel.arg_names
+        }
+        source = ASTSource(fn=kernel, signature=signature, constexprs=options)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=how)
+        assert compiled.metadata.shared < 100 * 2**10  # two programs and more on each of an H100's processors
 
 
 @pytest.mark.skipif(interpreted(), reason="runs the tests above in the interpreter")

@@ -4,9 +4,13 @@ While a step is made, `torch.nn.functional.dropout` asks a hash (`kernels.dropou
 the run's seed and step, and of how many times dropout was asked for before within the step. All runs of a pack take
 the same way through the base, so that number is theirs alone too; adapters, whose ways differ, count for themselves.
 
-Attention draws from the same streams where its scores are held as such: on a CPU, and in the kernel for short
-sequences (`kernels.attention`). PyTorch's fused attention on a GPU draws from the generator, for the pack as a whole,
-and so does whatever is compiled.
+Attention draws from the same streams: on a CPU with all scores held, on a GPU in the kernels for short sequences
+(`kernels.attention`) and in those for all others (`kernels.long_attention`). In compiled code dropout and attention are
+operations that are taken whole; each is given its number by one that asks for it when the code runs, so that one
+compilation serves all layers, and masks are those of eager steps.
+
+Left to PyTorch's generator are dropout in place, of all or of none, and tensors whose first axis the runs do not share
+evenly. No mapped model has these.
 """
 
 from __future__ import annotations
