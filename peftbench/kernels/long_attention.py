@@ -363,7 +363,7 @@ def kernels_backward(
         long_attention_by_query[_programs(q, q.shape[2], options["block"])](
             gradient, q, k, v, added, seeds, out, most, total, delta, dq, *numbers, *rows, **options
         )
-        long_attention_by_key[_programs(q, k.shape[2], options["key_block"])](
+        long_attention_by_key[_programs(q, k.shape[2], options["block"])](
             gradient, q, k, v, added, seeds, most, total, delta, dk, dv, *numbers, *rows, **options
         )
     return dq, dk, dv
@@ -407,7 +407,9 @@ def _launch(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> tuple[Te
         mask = wide.view(torch.uint8) if kind == 2 else wide
     width, exact = q.shape[3], q.dtype == torch.float32
     held = max(SMALLEST, triton.next_power_of_2(width))
-    block, warps = (32, 8) if exact else (64, 4)
+    most, warps = (32, 8) if exact else (64, 4)
+    # as many queries as keys at a time: other blocks were never right or never tried on a GPU
+    block = min(most, max(SMALLEST, triton.next_power_of_2(max(q.shape[2], k.shape[2]))))
     options = {
         "kind": kind,
         "by_query": strides[2] != 0,
@@ -415,8 +417,8 @@ def _launch(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool) -> tuple[Te
         "exact": exact,
         "width": width,
         "held": held,
-        "block": min(block, max(SMALLEST, triton.next_power_of_2(q.shape[2]))),
-        "key_block": min(block, max(SMALLEST, triton.next_power_of_2(k.shape[2]))),
+        "block": block,
+        "key_block": block,
         "num_warps": warps,
         "num_stages": 2,
     }
