@@ -117,6 +117,10 @@ def test_an_arm_says_which_command_it_is(scripts: Any, monkeypatch: pytest.Monke
         ("1", [*few, "train.execution=eager"], "eager"),
     ]
     assert wall._named({**PACKED, "arm": "16-eager", "execution": ["eager"]}) == "pack=16 (eager)"
+    for arms in ("16,nonsense", "0", "-eager", "16,"):
+        with pytest.raises(SystemExit):
+            wall.parse(["--arms", arms])
+    wall.parse(["--arms", "hf,hf-autocast,16,1,auto,auto-eager,eager,16-eager"])
 
 
 def test_where_the_gain_falls_to_one(scripts: Any) -> None:

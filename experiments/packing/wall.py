@@ -313,6 +313,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     unknown = sorted(set(options.cases) - set(CASES))
     if unknown:
         parser.error(f"{unknown[0]}: expected some of {', '.join(CASES)}")
+    for arm in options.arms.split(",") if options.arms else ():
+        size = arm.removesuffix(EAGER)
+        if arm not in (*PEERS, *ALONE) and size != "auto" and not (size.isdecimal() and int(size)):
+            parser.error(f"--arms {arm}: expected a size, auto, either with {EAGER}, or {', '.join((*PEERS, *ALONE))}")
     return options
 
 

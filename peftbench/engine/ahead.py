@@ -54,7 +54,9 @@ def rehearse(
     if _rehearsed or not batches or not use_triton(table.input_ids) or not table.input_ids.is_cuda:
         return
     _rehearsed = True
-    threads = max(1, min(MOST_THREADS, len(os.sched_getaffinity(0))))
+    # not every system says which cores are this process's
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = min(MOST_THREADS, cores)
     with ThreadPoolExecutor(threads, "compile") as pool, compiling_on(pool, table.device):
         passes(objective, optimizer, table, batches, accumulation=accumulation, autocast=autocast, running=running)
 
